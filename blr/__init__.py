@@ -1,0 +1,45 @@
+"""The Bayesian learning rule, executably: a posterior is a point λ, and data are vectors.
+
+Learning adds natural parameters to λ; asking "what if" subtracts them. The chapters of the book are
+the other half of each module.
+"""
+
+from blr.conjugate import BetaBernoulli, DirichletMultinomial, GammaPoisson, GaussianMean
+from blr.estimators import LinearRegression
+from blr.families.bernoulli import Bernoulli
+from blr.families.categorical import Categorical
+from blr.families.dirichlet import Beta, Dirichlet
+from blr.families.exponential import Exponential
+from blr.families.gamma import Gamma, InverseGamma
+from blr.families.gaussian import DiagonalGaussian, FixedGaussian, Gaussian
+from blr.families.normal_gamma import NormalGamma
+from blr.families.normal_wishart import NormalWishart
+from blr.families.poisson import Poisson
+from blr.families.wishart import Wishart
+from blr.regression import GaussianRegression, NormalGammaRegression
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bernoulli",
+    "Beta",
+    "BetaBernoulli",
+    "Categorical",
+    "DiagonalGaussian",
+    "Dirichlet",
+    "DirichletMultinomial",
+    "Exponential",
+    "FixedGaussian",
+    "Gamma",
+    "GammaPoisson",
+    "Gaussian",
+    "GaussianMean",
+    "GaussianRegression",
+    "InverseGamma",
+    "LinearRegression",
+    "NormalGamma",
+    "NormalGammaRegression",
+    "NormalWishart",
+    "Poisson",
+    "Wishart",
+]

@@ -1,0 +1,1 @@
+"""The families: every posterior of the book, one file per kind."""
