@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,9 @@ def as_float(name: str, value: Any) -> Tensor:
 
 
 def same_dtype(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in their common floating type."""
-    dtype = tensors[0].dtype
-    for x in tensors[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
+    """The tensors in their common floating type, where a number does not promote an array."""
+    deciding = [x for x in tensors if x.ndim] or tensors
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in deciding))
     return [x.to(dtype) for x in tensors]
 
 

@@ -195,3 +195,9 @@ def test_check_family_notices_a_wrong_expectation_and_a_wrong_sampler():
 
     with pytest.raises(AssertionError, match="standard errors"):
         check_family(Biased.from_shape_rate(2.0, 3.0))
+
+
+def test_a_number_does_not_promote_a_float32_array():
+    q = blr.Gamma.from_shape_rate(torch.tensor([1.0, 2.0]), 1.5)
+    assert q.dtype == torch.float32
+    assert blr.Gamma.from_shape_rate([1, 2], 1.5).dtype == torch.float64

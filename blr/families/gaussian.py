@@ -22,6 +22,7 @@ from torch import Tensor
 from blr import _validate
 from blr._tree import Tree
 from blr.expfam import ExponentialFamily
+from blr.families._special import inverse
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,7 +56,7 @@ class Gaussian(ExponentialFamily):
         m, matrix = _validate.same_dtype(m, _validate.as_float(name, matrix))
         _validate.symmetric(name, _validate.square(name, matrix, m.shape[-1]))
         L = _validate.positive_definite(name, matrix)
-        S = matrix if name == "precision" else _inverse(L)
+        S = matrix if name == "precision" else inverse(L)
         return cls(natural=((S @ m.unsqueeze(-1)).squeeze(-1), -0.5 * S))
 
     @classmethod
@@ -90,7 +91,7 @@ class Gaussian(ExponentialFamily):
     @property
     def covariance(self) -> Tensor:
         """S⁻¹, shape (*batch, D, D)."""
-        return _inverse(self.cholesky)
+        return inverse(self.cholesky)
 
     @property
     def variance(self) -> Tensor:
@@ -319,7 +320,7 @@ class FixedGaussian(ExponentialFamily):
     @property
     def covariance(self) -> Tensor:
         """S₀⁻¹, shape (D, D)."""
-        return _inverse(self.cholesky)
+        return inverse(self.cholesky)
 
     def log_partition(self) -> Tensor:
         """A(λ) = ½ λᵀS₀⁻¹λ."""
@@ -361,12 +362,6 @@ class FixedGaussian(ExponentialFamily):
                 "the two Gaussians have different known precisions, so they are members of "
                 "different families; use Gaussian.from_moments for both"
             )
-
-
-def _inverse(L: Tensor) -> Tensor:
-    # torch.cholesky_inverse has a wrong forward-mode derivative (seen in torch 2.13).
-    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
-    return torch.cholesky_solve(eye.expand(L.shape), L)
 
 
 def _one_of(**options: Any) -> tuple[str, Any]:
