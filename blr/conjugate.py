@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,8 +132,8 @@ class ConjugateModel(ABC, Generic[Q]):
 
         Args:
             data: The examples that the posterior has seen.
-            groups: Labels of shape (N,), one group for each value in sorted order; or a list of
-                index lists; or None for every example by itself.
+            groups: Labels of shape (N,), numbers or strings, one group for each value in sorted
+                order; or a list of index lists; or None for every example by itself.
             posterior: The posterior, if it is already at hand.
 
         Raises:
@@ -306,14 +307,14 @@ def as_groups(groups: Any, n: int) -> list[Tensor]:
         ValueError: If labels do not match n, or a group is empty, repeats an index or has one
             outside 0 … n − 1.
     """
-    if not isinstance(groups, Sequence) or all(_is_scalar(g) for g in groups):
-        labels = torch.as_tensor(groups)
+    if not isinstance(groups, Sequence) or all(np.ndim(g) == 0 for g in groups):
+        labels = np.asarray(groups)
         if labels.shape != (n,):
             raise ValueError(
                 f"groups must be {n} labels or a list of index lists, got shape "
-                f"{tuple(labels.shape)}; wrap a single group in a list"
+                f"{labels.shape}; wrap a single group in a list"
             )
-        return [torch.nonzero(labels == value).squeeze(-1) for value in labels.unique()]
+        return [torch.from_numpy(np.flatnonzero(labels == value)) for value in np.unique(labels)]
     return [as_indices(group, n) for group in groups]
 
 
@@ -337,10 +338,6 @@ def as_indices(indices: Any, n: int) -> Tensor:
     if len(index.unique()) != len(index):
         raise ValueError("indices must be distinct; an example can be removed only once")
     return index
-
-
-def _is_scalar(x: Any) -> bool:
-    return torch.as_tensor(x).ndim == 0
 
 
 def _column(name: str, data: Any) -> Tensor:

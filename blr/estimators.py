@@ -8,7 +8,7 @@ scikit-learn's way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -274,12 +274,12 @@ class LinearRegression(RegressorMixin, BaseEstimator):
         check_is_fitted(self)
         X, y = self._data()
         exact = self._model.sensitivity((X, y), groups, self.posterior_)
-        if isinstance(exact, LeaveOneOut) and self._estimates_noise_exactly():
-            exact = _with_loo_noise(exact)
+        least_squares = self.noise_variance is None and not np.any(self.prior_precision)
+        if isinstance(exact, LeaveOneOut) and least_squares:
+            dof = len(y) - X.shape[1]
+            rss, loo_dof = exact.noise_variance * dof, exact.noise_variance.new_tensor(dof - 1)
+            exact = replace(exact, rss=rss, loo_dof=loo_dof)
         return Sensitivity(exact)
-
-    def _estimates_noise_exactly(self) -> bool:
-        return self.noise_variance is None and not np.any(self.prior_precision)
 
 
 def _estimate_noise(
@@ -305,19 +305,6 @@ def _estimate_noise(
     # A perfect fit leaves no noise; its rounding errors do.
     floor = max(np.finfo(np.float64).eps ** 2 * power, np.finfo(np.float64).tiny)
     return max(rss, floor) / (n - rank)
-
-
-def _with_loo_noise(exact: LeaveOneOut) -> LeaveOneOut:
-    """σ̂²_(i) = ((N − P)σ̂² − eᵢ²/(1 − hᵢ))/(N − P − 1), as in Belsley, Kuh & Welsch (1980)."""
-    n, p = exact.X.shape
-    rss = (n - p) * exact.noise_variance - exact.residual * exact.loo_residual
-    return LeaveOneOut(
-        X=exact.X,
-        residual=exact.residual,
-        cholesky=exact.cholesky,
-        noise_variance=exact.noise_variance,
-        loo_noise_variance=rss.clamp_min(0) / (n - p - 1) if n > p + 1 else rss * torch.nan,
-    )
 
 
 def _arrays(x: Tensor | list[Tensor]) -> Any:

@@ -72,22 +72,22 @@ def influence_bubbles(
 
     Args:
         ax: Where to draw.
-        leverage: v_i of each example, shape (N,).
+        leverage: h_i of each example, shape (N,).
         residual: Residual of each example in the unit of the target, shape (N,).
         cooks_distance: D_i of each example, shape (N,).
         labels: Names of the examples; their numbers if empty.
         num_labels: How many of the most influential are named.
     """
-    v, r, cook = _same_length(leverage=leverage, residual=residual, cooks_distance=cooks_distance)
+    h, r, cook = _same_length(leverage=leverage, residual=residual, cooks_distance=cooks_distance)
     top = np.argsort(-cook, kind="stable")[:num_labels]
-    colors = np.full(len(v), BLUE)
+    colors = np.full(len(h), BLUE)
     colors[top] = VERMILLION
     area = 900 * cook / (cook.max() or 1.0)
     ax.axhline(0, color=GREY, linewidth=1)
-    ax.scatter(v, r, s=12 + area, c=colors, alpha=0.55, edgecolors="white", linewidths=0.8)
+    ax.scatter(h, r, s=12 + area, c=colors, alpha=0.55, edgecolors="white", linewidths=0.8)
     ax.margins(0.12)
-    ax.set(xlabel="leverage $v_i$", ylabel="residual $r_i$")
-    return annotate_points(ax, v, r, labels, top, offset=6 + np.sqrt(area / np.pi))
+    ax.set(xlabel="leverage $h_i$", ylabel="residual $r_i$")
+    return annotate_points(ax, h, r, labels, top, offset=6 + np.sqrt(area / np.pi))
 
 
 def stems(ax: Axes, values: ArrayLike, labels: Sequence[str] = (), *, num_labels: int = 3) -> Axes:

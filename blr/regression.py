@@ -1,8 +1,8 @@
 r"""Bayesian linear regression: leave-one-out for every example without refitting.
 
     ℓᵢ = (yᵢ − xᵢᵀθ)²/(2σ²)      λ̃ᵢ = (xᵢyᵢ/σ², −½ xᵢxᵢᵀ/σ²)      S = S₀ + XᵀX/σ²
-    vᵢ = xᵢᵀS⁻¹xᵢ                hᵢ = vᵢ/σ²                       eᵢ = yᵢ − xᵢᵀm
-    m − m^{\i} = S⁻¹xᵢ (yᵢ − xᵢᵀm^{\i})/σ²                       yᵢ − xᵢᵀm^{\i} = eᵢ/(1 − hᵢ)
+    vᵢ = xᵢᵀS⁻¹xᵢ                hᵢ = vᵢ/σ²                       rᵢ = yᵢ − xᵢᵀm
+    m − m^{\i} = S⁻¹xᵢ (yᵢ − xᵢᵀm^{\i})/σ²                       yᵢ − xᵢᵀm^{\i} = rᵢ/(1 − hᵢ)
 
 Sensitivity is prediction variance times prediction error. The leverages hᵢ cost one triangular
 solve; nothing here is larger than X itself.
@@ -37,19 +37,19 @@ class LeaveOneOut:
 
     Args:
         X: Inputs, shape (N, D).
-        residual: eᵢ = yᵢ − xᵢᵀm, shape (N,).
+        residual: rᵢ = yᵢ − xᵢᵀm, shape (N,).
         cholesky: Factor L of the full-data precision in units of the noise, σ²S = LLᵀ.
-        noise_variance: σ² in Cook's distance and in posterior standard deviations.
-        loo_noise_variance: σ² estimated without example i, shape (N,); σ² itself if it is known.
-        loo_dof: Degrees of freedom of the predictive Student-t without example i; None for a
-            Gaussian predictive.
+        noise_variance: σ², known or estimated.
+        rss: Sum of squares from which σ² was estimated; None if it is known. 2b of a normal-gamma.
+        loo_dof: Degrees of freedom of that estimate without example i: N − 1 − D of least squares,
+            2a − 1 of a normal-gamma.
     """
 
     X: Tensor
     residual: Tensor
     cholesky: Tensor
     noise_variance: Tensor
-    loo_noise_variance: Tensor
+    rss: Tensor | None = None
     loo_dof: Tensor | None = None
 
     @cached_property
@@ -59,7 +59,7 @@ class LeaveOneOut:
 
     @cached_property
     def loo_residual(self) -> Tensor:
-        r"""yᵢ − xᵢᵀm^{\i} = eᵢ/(1 − hᵢ), the residual of an example that was not seen, (N,).
+        r"""yᵢ − xᵢᵀm^{\i} = rᵢ/(1 − hᵢ), the residual of an example that was not seen, (N,).
 
         Raises:
             ValueError: If an example has leverage 1: without it the fit is not determined.
@@ -79,6 +79,14 @@ class LeaveOneOut:
         inverse = torch.cholesky_inverse(self.cholesky)
         return (self.X @ inverse).mul_(self.loo_residual.unsqueeze(-1))
 
+    @cached_property
+    def loo_noise_variance(self) -> Tensor:
+        r"""σ²_(i) = (RSS − rᵢ²/(1 − hᵢ))/dof, estimated without example i; σ² if known, (N,)."""
+        if self.rss is None or self.loo_dof is None:
+            return self.noise_variance.expand(self.residual.shape)
+        rss = (self.rss - self.residual * self.loo_residual).clamp_min(0)
+        return torch.where(self.loo_dof > 0, rss / self.loo_dof, torch.nan)
+
     @property
     def unit(self) -> Tensor:
         """Posterior standard deviations of θ divided by σ, shape (D,)."""
@@ -96,18 +104,22 @@ class LeaveOneOut:
 
     @property
     def prediction_change(self) -> Tensor:
-        r"""xᵢᵀ(m − m^{\i}) = hᵢeᵢ/(1 − hᵢ): variance times error, shape (N,)."""
+        r"""xᵢᵀ(m − m^{\i}) = hᵢrᵢ/(1 − hᵢ): variance times error, shape (N,)."""
         return self.leverage * self.loo_residual
 
     @property
     def cooks_distance(self) -> Tensor:
-        r"""(m − m^{\i})ᵀ S (m − m^{\i})/D = hᵢ eᵢ²/(D σ² (1 − hᵢ)²), shape (N,)."""
+        r"""(m − m^{\i})ᵀ S (m − m^{\i})/D = hᵢ rᵢ²/(D σ² (1 − hᵢ)²), shape (N,)."""
         D = self.X.shape[-1]
         return self.leverage * self.loo_residual**2 / (D * self.noise_variance)
 
     @property
     def loo_log_score(self) -> Tensor:
-        r"""log p(yᵢ | the rest): centre xᵢᵀm^{\i}, squared scale σ²_(i)/(1 − hᵢ), nats, (N,)."""
+        r"""log p(yᵢ | the rest), in nats, shape (N,).
+
+        Centre xᵢᵀm^{\i} and squared scale σ²_(i)/(1 − hᵢ); Gaussian if σ² is known, else the
+        Student-t with the degrees of freedom that are left without example i.
+        """
         scale2 = self.loo_noise_variance / (1 - self.leverage)
         return _log_density(self.loo_residual, scale2, self.loo_dof)
 
@@ -138,7 +150,7 @@ class LeaveGroupOut:
     """log p(y_M | the rest), jointly, in nats, shape (G,)."""
 
     dfbetas: Tensor
-    """mean_change in posterior standard deviations, shape (G, D)."""
+    """mean_change in posterior standard deviations with σ² of the full data, shape (G, D)."""
 
     @property
     def dfbeta(self) -> Tensor:
@@ -233,7 +245,6 @@ class GaussianRegression(ConjugateModel[Gaussian]):
             residual=y - X @ q.mean,
             cholesky=q.cholesky * variance.sqrt(),
             noise_variance=variance,
-            loo_noise_variance=variance.expand(y.shape),
         )
         return one if groups is None else _leave_groups_out(self, q, (X, y), one, groups)
 
@@ -287,15 +298,13 @@ class NormalGammaRegression(ConjugateModel[NormalGamma]):
         """Exact changes on removing each example, or each group; see `ConjugateModel`."""
         X, y = as_regression_data(data)
         q = self.posterior((X, y)) if posterior is None else posterior
-        L, e = torch.linalg.cholesky(q.precision), y - X @ q.mean
-        a, b = q.shape - 0.5, q.rate - 0.5 * e**2 / (1 - _squared_norms(L, X))
         one = LeaveOneOut(
             X=X,
-            residual=e,
-            cholesky=L,
+            residual=y - X @ q.mean,
+            cholesky=torch.linalg.cholesky(q.precision),
             noise_variance=q.rate / q.shape,
-            loo_noise_variance=b / a,
-            loo_dof=2 * a,
+            rss=2 * q.rate,
+            loo_dof=2 * q.shape - 1,
         )
         return one if groups is None else _leave_groups_out(self, q, (X, y), one, groups)
 

@@ -27,6 +27,9 @@ def check_family(
 ) -> dict[str, float]:
     """Check the laws at one member, with no batch axes.
 
+    A family that writes nothing but A passes the identities by construction; what it must still
+    show is that its draws, or a quadrature, agree with that A.
+
     Args:
         q: The member, in float64.
         other: A second member, for the divergence; the draws-free law KL(q, q) = 0 needs none.

@@ -102,13 +102,23 @@ def test_remove_estimates_the_noise_again_as_refitting_does(diabetes, delta):
     close(removed.sensitivity().dfbetas, refit.sensitivity().dfbetas)
 
 
+def test_loo_scores_with_estimated_noise_are_student_t(diabetes, least_squares):
+    X, y = diabetes
+    scores = least_squares.sensitivity().loo_log_score
+    for i in (0, 200):
+        kept = np.arange(len(y)) != i
+        refit = blr.LinearRegression(prior_precision=0).fit(X[kept], y[kept])
+        mean, std = refit.predict(X[[i]], return_std=True)
+        close(scores[i], scipy.stats.t(441 - 11, mean[0], std[0]).logpdf(y[i]))
+
+
 def test_groups_are_refitting_by_indices_and_by_labels(diabetes):
     X, y = diabetes
     settings = {"prior_precision": 0.5, "noise_variance": 2900.0}
     full = blr.LinearRegression(**settings).fit(X, y)
-    labels = np.where(X[:, 1] > 0, "b", "a")
-    labels = (labels == "b").astype(int)
-    by_label = full.sensitivity(groups=labels)
+    names = np.where(X[:, 1] > 0, "second", "first")
+    labels = (names == "second").astype(int)
+    by_label = full.sensitivity(groups=tuple(names.tolist()))
     by_index = full.sensitivity(groups=[np.flatnonzero(labels == k) for k in (0, 1)])
     for g in (0, 1):
         gone = labels == g
@@ -229,3 +239,5 @@ def test_an_example_with_leverage_one_is_named():
     assert s.leverage[0] == pytest.approx(1, abs=1e-12)
     with pytest.raises(ValueError, match="leverage must be below 1"):
         _ = s.loo_residual
+    estimated = blr.LinearRegression(prior_precision=0).fit(X, y).sensitivity()
+    assert estimated.leverage[0] == pytest.approx(1, abs=1e-12)

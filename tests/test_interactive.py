@@ -146,7 +146,7 @@ def test_the_numbers_on_the_page_are_the_numbers_of_the_state(show, duncan):
     )
     shown = state(page)
     pairs = {
-        "leverage v": "leverage",
+        "leverage h": "leverage",
         "residual r": "residual",
         "Cook’s distance D": "cooks_distance",
     }

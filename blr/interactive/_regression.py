@@ -23,8 +23,8 @@ def drag_regression(
 ) -> InteractiveFigure:
     """Scatter plot with the least-squares line, in which the reader drags any point.
 
-    With all points and without the selected one: the two lines, leverage v, residual r, residual
-    r / (1 − v) of the line that has not seen the point, Cook's distance D = v r² / (2 s² (1 − v)²)
+    With all points and without the selected one: the two lines, leverage h, residual r, residual
+    r / (1 − h) of the line that has not seen the point, Cook's distance D = h r² / (2 s² (1 − h)²)
     with s² = Σ r² / (N − 2) of the full fit, and the change of slope.
 
     Args:
@@ -111,10 +111,10 @@ def _influence(x: Vector, y: Vector, delta: float) -> dict[str, Vector]:
     slope = c @ y / H
     intercept = y.mean() - slope * x.mean()
     r = y - intercept - slope * x
-    v = 1 / N + c**2 / H
-    alone = v > 1 - 1e-12  # without this point the others have one x and no slope
-    e = np.where(alone, np.nan, r / np.where(alone, 1, 1 - v))
-    cook = v * e**2 / (2 * (r @ r) / (N - 2))
+    h = 1 / N + c**2 / H
+    alone = h > 1 - 1e-12  # without this point the others have one x and no slope
+    e = np.where(alone, np.nan, r / np.where(alone, 1, 1 - h))
+    cook = h * e**2 / (2 * (r @ r) / (N - 2))
     change = c / H * e
     return {
         "x": x,
@@ -123,7 +123,7 @@ def _influence(x: Vector, y: Vector, delta: float) -> dict[str, Vector]:
         "slope": np.full(N, slope),
         "intercept_without": intercept - e / N + x.mean() * change,
         "slope_without": slope - change,
-        "leverage": v,
+        "leverage": h,
         "residual": r,
         "loo_residual": e,
         "cooks_distance": cook,

@@ -31,7 +31,7 @@ start("drag_regression", (root, live, data) => {
   const select = html(html(controls, "label", {}, "Point"), "select", { "aria-label": "selected point" });
   x.forEach((_, i) => html(select, "option", { value: i }, name(i)));
   const back = html(controls, "button", { type: "button" }, "Put points back");
-  const fill = table(side, [[data.x_label], [data.y_label], ["leverage v"], ["residual r", BLUE],
+  const fill = table(side, [[data.x_label], [data.y_label], ["leverage h"], ["residual r", BLUE],
     ["left out: r\u00a0/\u00a0(1\u00a0−\u00a0v)", VERMILLION], ["Cook’s distance D"], ["slope, all points", BLUE],
     ["slope without it", VERMILLION], ["change of slope"]]);
   const drawing = svg(picture, "svg", { tabindex: 0, role: "application", "aria-label":

@@ -203,6 +203,8 @@ def test_directives_become_block_quotes(myst: str, markdown: str) -> None:
         (":::{note}\nx", "never closed"),
         ("$$\nx\n\ny\n$$", "display math is not closed"),
         ("{ref}`eq-one`", "needs a text"),
+        ("so $a\n- b$ holds", "like a list's"),
+        ("costs $5\n\nand $x", "blank line"),
     ],
 )
 def test_what_the_notebook_cannot_show_is_an_error(myst: str, complaint: str) -> None:
