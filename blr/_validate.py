@@ -29,11 +29,18 @@ def as_float(name: str, value: Any) -> Tensor:
     return x if x.is_floating_point() else x.to(torch.float64)
 
 
-def same_dtype(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in their common floating type, where a number does not promote an array."""
+def common(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in their common floating type and on one device; a number follows the arrays.
+
+    Raises:
+        ValueError: If arrays are on different devices.
+    """
     deciding = [x for x in tensors if x.ndim] or tensors
+    devices = {str(x.device): x.device for x in deciding}
+    if len(devices) > 1:
+        raise ValueError(f"arguments must be on one device, got {' and '.join(devices)}; move one")
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in deciding))
-    return [x.to(dtype) for x in tensors]
+    return [x.to(deciding[0].device, dtype) for x in tensors]
 
 
 def require(ok: Tensor | bool, name: str, what: str, value: Tensor, remedy: str) -> None:

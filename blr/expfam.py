@@ -54,9 +54,9 @@ class ExponentialFamily(ABC):
                 f"natural parameters of {type(self).__name__} do not fit together: "
                 f"{_tree.structure(lam)}; pass blocks with {self.natural_ndims} event axes"
             ) from error
-        dtype = _validate.same_dtype(*_tree.leaves(lam))[0].dtype
+        blocks = iter(_validate.common(*_tree.leaves(lam)))
         events = _tree.event_shapes(lam, self.natural_ndims)
-        lam = _tree.tree_map(lambda x: x.to(dtype).expand((*batch, *next(events))), lam)
+        lam = _tree.tree_map(lambda _: next(blocks).expand((*batch, *next(events))), lam)
         object.__setattr__(self, "natural", lam)
         self._validate()
 

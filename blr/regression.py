@@ -368,5 +368,5 @@ def as_regression_data(data: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"X and y must have shapes (N, D) and (N,), got {tuple(X.shape)} and {tuple(y.shape)}"
         )
-    X, y = _validate.same_dtype(_validate.finite("X", X), _validate.finite("y", y))
+    X, y = _validate.common(_validate.finite("X", X), _validate.finite("y", y))
     return X, y

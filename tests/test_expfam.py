@@ -201,3 +201,9 @@ def test_a_number_does_not_promote_a_float32_array():
     q = blr.Gamma.from_shape_rate(torch.tensor([1.0, 2.0]), 1.5)
     assert q.dtype == torch.float32
     assert blr.Gamma.from_shape_rate([1, 2], 1.5).dtype == torch.float64
+
+
+def test_arrays_on_different_devices_are_named():
+    here, there = torch.ones(2), torch.ones(2, device="meta")
+    with pytest.raises(ValueError, match="one device, got cpu and meta"):
+        blr.DiagonalGaussian.from_moments(here, variance=there)

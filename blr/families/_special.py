@@ -68,7 +68,7 @@ def shape_and_rate(mean_log: Any, mean: Any) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If `mean` is not positive, or log mean ≤ mean_log.
     """
-    mean_log, mean = _validate.same_dtype(
+    mean_log, mean = _validate.common(
         _validate.as_float("mu[0]", mean_log), _validate.as_float("mu[1]", mean)
     )
     _validate.positive("mu[1]", mean, "it is the mean of a positive number")

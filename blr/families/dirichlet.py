@@ -113,7 +113,7 @@ class Beta(ExponentialFamily):
     @classmethod
     def from_expectation(cls, mu: tuple[Tensor, Tensor], like: Self | None = None) -> Self:
         """The member with E[log θ] = μ₁ and E[log(1 − θ)] = μ₂; needs exp(μ₁) + exp(μ₂) < 1."""
-        both = _validate.same_dtype(*(_validate.as_float("mu", x) for x in mu))
+        both = _validate.common(*(_validate.as_float("mu", x) for x in mu))
         alpha = _concentrations(torch.stack(torch.broadcast_tensors(*both), -1))
         lam1, lam2 = (alpha - 1).to(both[0].dtype).unbind(-1)
         return cls(natural=(lam1, lam2))

@@ -53,7 +53,7 @@ class Gaussian(ExponentialFamily):
         """
         m = _validate.finite("mean", _validate.vector("mean", _validate.as_float("mean", mean)))
         name, matrix = _one_of(precision=precision, covariance=covariance)
-        m, matrix = _validate.same_dtype(m, _validate.as_float(name, matrix))
+        m, matrix = _validate.common(m, _validate.as_float(name, matrix))
         _validate.symmetric(name, _validate.square(name, matrix, m.shape[-1]))
         L = _validate.positive_definite(name, matrix)
         S = matrix if name == "precision" else inverse(L)
@@ -189,7 +189,7 @@ class DiagonalGaussian(ExponentialFamily):
         """
         m = _validate.finite("mean", _validate.vector("mean", _validate.as_float("mean", mean)))
         name, value = _one_of(precision=precision, variance=variance)
-        m, value = _validate.same_dtype(m, _validate.as_float(name, value))
+        m, value = _validate.common(m, _validate.as_float(name, value))
         _validate.positive(name, value)
         m, s = torch.broadcast_tensors(m, value if name == "precision" else 1 / value)
         return cls(natural=(s * m, -0.5 * s))
@@ -280,7 +280,7 @@ class FixedGaussian(ExponentialFamily):
     def from_moments(cls, mean: Any, precision: Any) -> Self:
         """N(m, S₀⁻¹) from mean, shape (*batch, D), and known precision, shape (D, D)."""
         m = _validate.finite("mean", _validate.vector("mean", _validate.as_float("mean", mean)))
-        m, S = _validate.same_dtype(m, _validate.as_float("precision", precision))
+        m, S = _validate.common(m, _validate.as_float("precision", precision))
         _validate.square("precision", S, m.shape[-1])
         return cls(natural=m @ S, precision=S)
 

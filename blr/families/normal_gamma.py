@@ -53,7 +53,7 @@ class NormalGamma(ExponentialFamily):
             ValueError: If shapes do not fit, S is not symmetric positive definite, or a or b is
                 not positive.
         """
-        m, S, a, b = _validate.same_dtype(
+        m, S, a, b = _validate.common(
             _validate.vector("mean", _validate.as_float("mean", mean)),
             _validate.as_float("precision", precision),
             _validate.as_float("shape", shape),
@@ -73,7 +73,7 @@ class NormalGamma(ExponentialFamily):
         cls, mu: tuple[Tensor, Tensor, Tensor, Tensor], like: Self | None = None
     ) -> Self:
         """The member with E[T] = μ: a and b as in a gamma, m = μ₃/μ₂, S⁻¹ = μ₄ − μ₃μ₃ᵀ/μ₂."""
-        mu1, mu2, mu3, mu4 = _validate.same_dtype(*(_validate.as_float("mu", x) for x in mu))
+        mu1, mu2, mu3, mu4 = _validate.common(*(_validate.as_float("mu", x) for x in mu))
         a, b = shape_and_rate(mu1, mu2)
         m = mu3 / mu2.unsqueeze(-1)
         covariance = mu4 - mu3.unsqueeze(-1) * m.unsqueeze(-2)

@@ -60,7 +60,7 @@ class NormalWishart(ExponentialFamily):
             ValueError: If shapes do not fit, κ ≤ 0, ν ≤ D − 1, or W is not symmetric positive
                 definite.
         """
-        m, kappa, nu, W = _validate.same_dtype(
+        m, kappa, nu, W = _validate.common(
             _validate.vector("mean", _validate.as_float("mean", mean)),
             _validate.as_float("mean_precision", mean_precision),
             _validate.as_float("dof", dof),
@@ -82,7 +82,7 @@ class NormalWishart(ExponentialFamily):
         cls, mu: tuple[Tensor, Tensor, Tensor, Tensor], like: Self | None = None
     ) -> Self:
         """The member with E[T] = μ: ν and W as in a Wishart, m = μ₂⁻¹μ₃, κ = D/(μ₄ − mᵀμ₃)."""
-        mu1, mu2, mu3, mu4 = _validate.same_dtype(*(_validate.as_float("mu", x) for x in mu))
+        mu1, mu2, mu3, mu4 = _validate.common(*(_validate.as_float("mu", x) for x in mu))
         dtype, D = mu3.dtype, _validate.vector("mu[2]", mu3).shape[-1]
         L = _validate.positive_definite("mu[1]", _validate.square("mu[1]", mu2, D).double())
         gap = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1) - _validate.finite("mu[0]", mu1)

@@ -55,9 +55,7 @@ class Wishart(ExponentialFamily):
         Raises:
             ValueError: If ν ≤ p − 1, or W is not symmetric positive definite.
         """
-        nu, W = _validate.same_dtype(
-            _validate.as_float("dof", dof), _validate.as_float("scale", scale)
-        )
+        nu, W = _validate.common(_validate.as_float("dof", dof), _validate.as_float("scale", scale))
         _validate.symmetric("scale", _validate.square("scale", W))
         L = _validate.positive_definite("scale", W)
         p = W.shape[-1]
@@ -70,7 +68,7 @@ class Wishart(ExponentialFamily):
     @classmethod
     def from_expectation(cls, mu: tuple[Tensor, Tensor], like: Self | None = None) -> Self:
         """The member with E[X] = μ₁ and E[log|X|] = μ₂; needs log|μ₁| > μ₂."""
-        X, log_det = _validate.same_dtype(*(_validate.as_float("mu", x) for x in mu))
+        X, log_det = _validate.common(*(_validate.as_float("mu", x) for x in mu))
         dtype = X.dtype
         L = _validate.positive_definite("mu[0]", _validate.square("mu[0]", X).double())
         gap = 2 * _half_log_det(L) - _validate.finite("mu[1]", log_det).double()
