@@ -1,6 +1,8 @@
 // Shared by the interactive figures: elements, numbers, tables, and redrawing when the width
 // changes. No library, no network: a figure is this file, its own file, and its data.
 const BLUE = "#0072B2", VERMILLION = "#D55E00", GREEN = "#009E73", GREY = "#4D4D4D", LIGHT = "#E6E6E6";
+// Letters need more contrast than lines do: the same hues, darker.
+const INK = { [VERMILLION]: "#A84600", [GREEN]: "#00735A" };
 
 const html = (parent, tag, attributes = {}, text = "") => {
   const node = parent.appendChild(document.createElement(tag));
@@ -37,7 +39,7 @@ const table = (parent, names) => {
   const body = html(html(parent, "table", { "aria-live": "polite" }), "tbody");
   const cells = names.map(([name, color]) => {
     const row = html(body, "tr");
-    html(row, "th", { scope: "row", style: color ? `color: ${color}` : "" }, name);
+    html(row, "th", { scope: "row", style: color ? `color: ${INK[color] ?? color}` : "" }, name);
     return html(row, "td");
   });
   return (values) => values.forEach((value, k) => {

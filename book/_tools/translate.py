@@ -138,6 +138,9 @@ class Translator:
             if m["escape"] or m["code"]:
                 return m[0]
             if m["math"]:
+                if broken := re.search(r"\n\s*(\n|[-+*#>] )", m["math"]):
+                    fault = "a blank line" if broken[1] == "\n" else "a line like a list's"
+                    raise MystError(f"{self.chapter}: {fault} inside ${m['math'][:60]}")
                 return f"${expand(m['math'], self.macros)}$"
             if m["role"]:
                 return self.role(m["role"], " ".join(m["content"].split()))
