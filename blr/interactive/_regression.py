@@ -113,19 +113,19 @@ def _influence(x: Vector, y: Vector, delta: float) -> dict[str, Vector]:
     r = y - intercept - slope * x
     h = 1 / N + c**2 / H
     alone = h > 1 - 1e-12  # without this point the others have one x and no slope
-    e = np.where(alone, np.nan, r / np.where(alone, 1, 1 - h))
-    cook = h * e**2 / (2 * (r @ r) / (N - 2))
-    change = c / H * e
+    r_loo = np.where(alone, np.nan, r / np.where(alone, 1, 1 - h))
+    cook = h * r_loo**2 / (2 * (r @ r) / (N - 2))
+    change = c / H * r_loo
     return {
         "x": x,
         "y": y,
         "intercept": np.full(N, intercept),
         "slope": np.full(N, slope),
-        "intercept_without": intercept - e / N + x.mean() * change,
+        "intercept_without": intercept - r_loo / N + x.mean() * change,
         "slope_without": slope - change,
         "leverage": h,
         "residual": r,
-        "loo_residual": e,
+        "loo_residual": r_loo,
         "cooks_distance": cook,
         "slope_change": change,
     }

@@ -1,6 +1,6 @@
 // Least squares of y on (1, x), with prior precision δ on the slope, and what it would be without
 // each point i, from the one fit to all of them:
-//     θ − θ^{\i} = H⁻¹ xᵢ eᵢ,     eᵢ = rᵢ / (1 − vᵢ),     vᵢ = xᵢᵀ H⁻¹ xᵢ,     Dᵢ = vᵢ eᵢ² / (2 s²).
+//     θ − θ^{\i} = H⁻¹ xᵢ rᵢ / (1 − hᵢ),     hᵢ = xᵢᵀ H⁻¹ xᵢ,     Dᵢ = hᵢ (rᵢ / (1 − hᵢ))² / (2 s²).
 const regress = (x, y, delta) => {
   const N = x.length, sum = (values) => values.reduce((total, value) => total + value, 0);
   const mean = sum(x) / N, centred = x.map((value) => value - mean);
@@ -10,12 +10,12 @@ const regress = (x, y, delta) => {
   const residual = x.map((value, i) => y[i] - intercept - slope * value);
   const variance = sum(residual.map((r) => r * r)) / (N - 2);
   const leverage = centred.map((c) => 1 / N + (c * c) / H);
-  const alone = (v) => v > 1 - 1e-12;  // without this point the others have one x and no slope
-  const error = residual.map((r, i) => (alone(leverage[i]) ? NaN : r / (1 - leverage[i])));
-  const cook = error.map((e, i) => (leverage[i] * e * e) / (2 * variance));
-  const slopeChange = centred.map((c, i) => (c / H) * error[i]);
-  const interceptChange = error.map((e, i) => e / N - mean * slopeChange[i]);
-  return { slope, intercept, residual, leverage, error, cook, slopeChange, interceptChange };
+  const alone = (h) => h > 1 - 1e-12;  // without this point the others have one x and no slope
+  const leftOut = residual.map((r, i) => (alone(leverage[i]) ? NaN : r / (1 - leverage[i])));
+  const cook = leftOut.map((r, i) => (leverage[i] * r * r) / (2 * variance));
+  const slopeChange = centred.map((c, i) => (c / H) * leftOut[i]);
+  const interceptChange = leftOut.map((r, i) => r / N - mean * slopeChange[i]);
+  return { slope, intercept, residual, leverage, leftOut, cook, slopeChange, interceptChange };
 };
 
 start("drag_regression", (root, live, data) => {
@@ -32,7 +32,7 @@ start("drag_regression", (root, live, data) => {
   x.forEach((_, i) => html(select, "option", { value: i }, name(i)));
   const back = html(controls, "button", { type: "button" }, "Put points back");
   const fill = table(side, [[data.x_label], [data.y_label], ["leverage h"], ["residual r", BLUE],
-    ["left out: r\u00a0/\u00a0(1\u00a0−\u00a0v)", VERMILLION], ["Cook’s distance D"], ["slope, all points", BLUE],
+    ["left out: r\u00a0/\u00a0(1\u00a0−\u00a0h)", VERMILLION], ["Cook’s distance D"], ["slope, all points", BLUE],
     ["slope without it", VERMILLION], ["change of slope"]]);
   const drawing = svg(picture, "svg", { tabindex: 0, role: "application", "aria-label":
     `Scatter plot of ${data.y_label} against ${data.x_label}. Arrow keys move the selected point, ` +
@@ -75,7 +75,7 @@ start("drag_regression", (root, live, data) => {
     set(nodes.all, { d: across(ax, fit.intercept, fit.slope) });
     set(nodes.without, { d: Number.isFinite(without.slope) ? across(ax, without.intercept, without.slope) : "" });
     set(nodes.residual, { d: `M${px - 2},${py}V${ax.y(y[i] - fit.residual[i])}` });
-    set(nodes.error, { d: Number.isFinite(fit.error[i]) ? `M${px + 2},${py}V${ax.y(y[i] - fit.error[i])}` : "" });
+    set(nodes.error, { d: Number.isFinite(fit.leftOut[i]) ? `M${px + 2},${py}V${ax.y(y[i] - fit.leftOut[i])}` : "" });
     nodes.points.forEach((node, k) => {
       const place = { cx: ax.x(x[k]), cy: ax.y(y[k]) };
       const size = base + 14 * Math.sqrt(Math.min(fit.cook[k] || 0, 2));
@@ -87,11 +87,11 @@ start("drag_regression", (root, live, data) => {
     nodes.label.textContent = name(i);
     drawBars(fit.cook);
     select.value = i;
-    fill([x[i], y[i], fit.leverage[i], fit.residual[i], fit.error[i], fit.cook[i], fit.slope, without.slope,
+    fill([x[i], y[i], fit.leverage[i], fit.residual[i], fit.leftOut[i], fit.cook[i], fit.slope, without.slope,
       fit.slopeChange[i]]);
     root.dataset.state = JSON.stringify({ selected: i, x: x[i], y: y[i], intercept: fit.intercept, slope: fit.slope,
       intercept_without: without.intercept, slope_without: without.slope, leverage: fit.leverage[i],
-      residual: fit.residual[i], loo_residual: fit.error[i], cooks_distance: fit.cook[i],
+      residual: fit.residual[i], loo_residual: fit.leftOut[i], cooks_distance: fit.cook[i],
       slope_change: fit.slopeChange[i] });
   };
 
