@@ -208,17 +208,17 @@ class DirichletMultinomial(ConjugateModel[Dirichlet]):
 
 @dataclass(frozen=True)
 class GammaPoisson(ConjugateModel[Gamma]):
-    """Counts with a common rate: data are y of shape (N,), or (y, exposure): λ̃ᵢ = (yᵢ, −Eᵢ)."""
+    """Counts with a common rate: data are y of shape (N,), or (y, exposure): λ̃ᵢ = (yᵢ, −uᵢ)."""
 
     prior: Gamma
 
     def duals(self, data: Any) -> tuple[Tensor, Tensor]:
-        """λ̃ᵢ = (yᵢ, −Eᵢ), shapes (N,); the exposure E is 1 unless given."""
+        """λ̃ᵢ = (yᵢ, −uᵢ), shapes (N,); the exposure u is 1 unless given."""
         y, exposure = self._split(data)
         return y, -exposure
 
     def log_carrier(self, data: Any) -> Tensor:
-        """log cᵢ = yᵢ log Eᵢ − log yᵢ!."""
+        """log cᵢ = yᵢ log uᵢ − log yᵢ!."""
         y, exposure = self._split(data)
         return torch.xlogy(y, exposure) - torch.lgamma(y + 1)
 

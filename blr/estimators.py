@@ -163,7 +163,8 @@ class LinearRegression(RegressorMixin, BaseEstimator):
         X = self._design(X)
         y = torch.from_numpy(np.array(y, dtype=np.float64))
         seen = [] if reset else self._seen
-        gram = (X.mT @ y, X.mT @ X)
+        # NumPy, unlike torch, sees that XᵀX is symmetric and does half of the work.
+        gram = (X.mT @ y, torch.from_numpy(X.numpy().T @ X.numpy()))
         if not reset:
             gram = (self._gram[0] + gram[0], self._gram[1] + gram[1])
         # Solve before storing: if it fails, the model stays as it was.

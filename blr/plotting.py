@@ -55,7 +55,7 @@ def scatter_identity(
     ax.scatter(exact, estimated, **{"s": 26, "alpha": 0.7, "zorder": 2, **style})
     deviation = np.abs(exact - estimated).max()
     ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel=xlabel, ylabel=ylabel)
-    ax.text(0.04, 0.96, f"largest deviation\n{deviation:.1e}", transform=ax.transAxes, va="top")
+    ax.text(0.04, 0.96, f"largest deviation\n{deviation:.2g}", transform=ax.transAxes, va="top")
     return ax
 
 

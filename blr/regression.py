@@ -100,7 +100,8 @@ class LeaveOneOut:
     @property
     def dfbetas(self) -> Tensor:
         """mean_change in units of the posterior standard deviation with σ² = σ²_(i), (N, D)."""
-        return self.mean_change / self.unit / self.loo_noise_variance.sqrt().unsqueeze(-1)
+        deviation = self.loo_noise_variance.sqrt().unsqueeze(-1)
+        return (self.mean_change / self.unit).div_(deviation)
 
     @property
     def prediction_change(self) -> Tensor:
