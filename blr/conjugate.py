@@ -139,7 +139,7 @@ class ConjugateModel(ABC, Generic[Q]):
         Raises:
             ValueError: If a group cannot be taken away, or an index does not exist.
         """
-        q = self.posterior(data) if posterior is None else posterior
+        q: Any = self.posterior(data) if posterior is None else posterior
         log_c = self.log_carrier(data)
         if groups is None:
             duals = self.duals(data)
@@ -152,7 +152,7 @@ class ConjugateModel(ABC, Generic[Q]):
         return Sensitivity(
             posteriors=without,
             natural_change=duals,
-            mean_change=q.mean - without.mean,  # type: ignore[attr-defined]
+            mean_change=q.mean - without.mean,
             prediction_change=self.predictive_mean(q) - self.predictive_mean(without),
             loo_log_score=q.log_partition() - without.log_partition() + log_c,
         )
