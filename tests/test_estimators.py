@@ -130,6 +130,8 @@ def test_groups_are_refitting_by_indices_and_by_labels(diabetes):
         close(by_label.prediction_change[g], full.predict(X[gone]) - refit.predict(X[gone]))
         cook = change @ full.posterior_.precision @ change / len(change)
         close(by_label.cooks_distance[g], cook)
+        close(by_label.dfbetas[g], change / full.posterior_.variance.sqrt())
+        close(by_label.leverage[g], full.sensitivity().leverage[gone].sum())
         design = np.c_[np.ones(gone.sum()), X[gone]]
         covariance = 2900 * np.eye(gone.sum()) + design @ np.linalg.solve(
             refit.posterior_.precision.numpy(), design.T
