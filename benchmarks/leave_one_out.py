@@ -10,15 +10,19 @@ is counted on both. Memory is the peak of this process above what it held before
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
 import platform
 import resource
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import statsmodels
 import statsmodels.api as sm
 import torch
 
@@ -56,7 +60,7 @@ def small() -> dict[str, Any]:
     ours = best_of(lambda: everything(model), 20)
     ols = sm.OLS(y, sm.add_constant(X)).fit()
 
-    def statsmodels() -> None:
+    def peers() -> None:
         influence = ols.get_influence()
         _ = influence.hat_matrix_diag, influence.cooks_distance, influence.dfbetas
         _ = influence.resid_press
@@ -67,7 +71,7 @@ def small() -> dict[str, Any]:
             kept = rows != i
             blr.LinearRegression(prior_precision=0).fit(X[kept], y[kept])
 
-    peer, brute = best_of(statsmodels, 1), best_of(refit, 1)
+    peer, brute = best_of(peers, 1), best_of(refit, 1)
     gap = np.abs(model.sensitivity().dfbetas - ols.get_influence().dfbetas).max()
     return {
         "N": 2_000,
@@ -95,19 +99,19 @@ def large() -> dict[str, Any]:
         s = model.sensitivity()
         _ = s.leverage, s.cooks_distance
 
-    def statsmodels(ols: Any) -> None:
+    def peers(ols: Any) -> None:
         influence = ols.get_influence()
         _ = influence.hat_matrix_diag, influence.cooks_distance
 
     model, ols = fit(), sm.OLS(y, design).fit()
-    peer = best_of(lambda: statsmodels(sm.OLS(y, design).fit()), 5)
+    peer = best_of(lambda: peers(sm.OLS(y, design).fit()), 5)
     return {
         "N": 100_000,
         "D": 50,
         "statsmodels_seconds": peer,
         "statsmodels_over_blr": peer / best_of(lambda: two(fit()), 10),
         "statsmodels_over_blr_everything": peer / best_of(lambda: everything(fit()), 10),
-        "without_fitting": best_of(lambda: statsmodels(ols), 10) / best_of(lambda: two(model), 10),
+        "without_fitting": best_of(lambda: peers(ols), 10) / best_of(lambda: two(model), 10),
     }
 
 
@@ -144,14 +148,29 @@ def resident() -> int:
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 
+def output(*command: str) -> str:
+    """What a command prints."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def processor() -> str:
+    """The name of the processor."""
+    with open("/proc/cpuinfo") as info:
+        names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def main() -> None:
     """Run all sizes and print, or write, the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="file to write the results to")
     args = parser.parse_args()
     results = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        "command": "make benchmark",
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads",
+        "versions": {m.__name__: m.__version__ for m in (torch, np, statsmodels)},
         "small": small(),
         "large": large(),
         "huge": huge(),
