@@ -81,6 +81,11 @@ def test_monte_carlo_is_unbiased(q):
     assert standard_errors(estimate, q, by_quadrature(q), 200) < 4.5
 
 
+def test_a_sampled_hessian_is_symmetric():
+    H = gradients.reparametrized(LOSS, FULL, num_samples=3, generator=generator(6))[1]
+    assert torch.equal(H, H.mT) and H[0, 1] != 0.0
+
+
 def test_monte_carlo_needs_no_derivative():
     # A coin: ∇_μ E[f] = f(1) − f(0). A gamma: E[θ²] = a(a+1)/b², divided by Fisher.
     coin = blr.Bernoulli.from_probability(0.3)
@@ -201,6 +206,12 @@ def test_minibatches_of_an_epoch_add_up_to_the_loss():
         2, 2, 1,
     ]  # fmt: skip
     torch.testing.assert_close(sum(whole), LOSS(theta))
+
+
+def test_a_part_of_a_part_is_weighted_by_all_the_data():
+    part = next(LOSS.minibatches(4, generator()))
+    again = next(part.minibatches(2, generator()))
+    assert again.num_data == 5 and again.weight == 2.5
 
 
 def test_losses_of_examples_are_those_of_torch():
