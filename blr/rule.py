@@ -38,7 +38,7 @@ def learn(q: Q, gradient: Tree, lr: float = 1.0, temperature: float = 1.0) -> Q:
         ValueError: If the step leaves the domain of the family, naming the block that does.
     """
     rho, T = lr, temperature
-    # The entropy first: (1 − ρT)λ is exactly zero at ρ = T = 1, whatever the size of λ.
+    # The entropy first: at ρ = T = 1 it cancels λ without rounding.
     kept = _tree.add(q.natural, _tree.scale(rho * T, q.entropy_gradient()))
     return _at(q, _tree.sub(kept, _tree.scale(rho, gradient)), lr)
 
