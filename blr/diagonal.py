@@ -61,7 +61,7 @@ class DiagonalRule:
 
     def posteriors(self, losses: Iterable[Any], q: DiagonalGaussian) -> Iterator[DiagonalGaussian]:
         """q after each step, one step for each of `losses`, starting from q."""
-        alpha = self.lr if self.lr_mean is None else self.lr_mean
+        alpha = self._lr_mean
         m, gbar = q.mean, torch.zeros_like(q.mean)
         s = q.precision if self.initial is None else torch.full_like(m, self.initial)
         for t, loss in enumerate(losses, 1):
@@ -73,6 +73,10 @@ class DiagonalRule:
             m = m - alpha * gbar / self._gathered(self.momentum, t) / divisor
             q = self._posterior(m, divisor**2 if self.root else divisor)
             yield q
+
+    @property
+    def _lr_mean(self) -> float:
+        return self.lr if self.lr_mean is None else self.lr_mean
 
     def _average(self, s: Tensor, h: Tensor) -> Tensor:
         """(1 − ρT)s + ρĥ, and the correction if asked for."""
@@ -89,7 +93,7 @@ class DiagonalRule:
             return DiagonalGaussian.from_moments(m, precision)
         except ValueError as error:
             raise ValueError(
-                f"the rates lr = {self.lr:g} and lr_mean = {self.lr_mean} lead out of the domain "
+                f"the rates lr = {self.lr:g} and lr_mean = {self._lr_mean:g} lead out of the domain "
                 f"of DiagonalGaussian: {error}. Lower lr, use a curvature that cannot be negative "
                 "such as squared_gradients, or retraction=True; eps or a prior_precision keeps "
                 "the precision of a parameter that has no gradient from zero"
