@@ -93,8 +93,8 @@ class DiagonalRule:
             return DiagonalGaussian.from_moments(m, precision)
         except ValueError as error:
             raise ValueError(
-                f"the rates lr = {self.lr:g} and lr_mean = {self._lr_mean:g} lead out of the domain "
-                f"of DiagonalGaussian: {error}. Lower lr, use a curvature that cannot be negative "
-                "such as squared_gradients, or retraction=True; eps or a prior_precision keeps "
-                "the precision of a parameter that has no gradient from zero"
+                f"the rates lr = {self.lr:g} and lr_mean = {self._lr_mean:g} lead out of the "
+                f"domain of DiagonalGaussian: {error}. Lower lr, use a curvature that cannot be "
+                "negative such as squared_gradients, or retraction=True; eps or a "
+                "prior_precision keeps the precision of a parameter without gradient from zero"
             ) from error

@@ -21,7 +21,7 @@ from blr.gradients import (
     squared_gradients,
     stein,
 )
-from blr.likelihoods import TotalLoss, linear, logistic, softmax, squared_error
+from blr.likelihoods import TotalLoss, from_module, linear, logistic, softmax, squared_error
 
 X = torch.tensor([[1.3, -0.7], [0.4, 2.0], [-1.1, 0.3], [0.9, 0.8], [-0.2, -1.6]]).double()
 Y = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]).double()
@@ -226,6 +226,41 @@ def test_losses_of_examples_are_those_of_torch():
     expected = F.cross_entropy(outputs, classes, reduction="none")
     torch.testing.assert_close(softmax(outputs, classes), expected)
     torch.testing.assert_close(squared_error(f, y), 0.5 * (f - y) ** 2)
+
+
+def perceptron() -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        layers = torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)
+        return torch.nn.Sequential(*layers).double()
+
+
+def test_a_module_is_a_model_of_its_parameters():
+    module = perceptron()
+    model, theta = from_module(module)
+    assert theta.shape == (13,) and not theta.requires_grad
+    torch.testing.assert_close(model(theta, X), module(X)[:, 0].detach())
+    model(0 * theta, X)
+    torch.testing.assert_close(from_module(module)[1], theta, rtol=0, atol=0)
+    loss = TotalLoss(model, logistic, X, Y)
+    logistic(module(X)[:, 0], Y).sum().backward()
+    expected = torch.cat([p.grad.reshape(-1) for p in module.parameters()])
+    torch.testing.assert_close(torch.func.grad(loss)(theta), expected)
+    with pytest.raises(ValueError, match="Tanh has no parameters"):
+        from_module(torch.nn.Tanh())
+
+
+def test_adam_trains_a_module_as_torch_does():
+    module = perceptron()
+    model, theta = from_module(module)
+    loss = TotalLoss(model, logistic, X, Y)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+    q0 = blr.DiagonalGaussian.from_moments(theta, 1.0)
+    for q in blr.run(blr.recipes.adam(lr=0.05), loss, q0, 40):
+        optimizer.zero_grad()
+        logistic(module(X)[:, 0], Y).sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(q.mean, from_module(module)[1], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
