@@ -126,7 +126,7 @@ def laplace(lr: float = 0.5) -> Rule:
 
 
 def bayes() -> Rule:
-    """λ ← −∇_μE_q[ℓ̄] = λ₀ + Σᵢ λ̃ᵢ: Bayes' rule, in one step from anywhere."""
+    """λ ← −∇_μE_q[ℓ̄ + log h] = λ₀ + Σᵢ λ̃ᵢ: Bayes' rule, in one step from anywhere."""
     return Rule(exact)
 
 
