@@ -4,7 +4,9 @@ Learning adds natural parameters to λ; asking "what if" subtracts them. The cha
 the other half of each module.
 """
 
+from blr import gradients, likelihoods, recipes
 from blr.conjugate import BetaBernoulli, DirichletMultinomial, GammaPoisson, GaussianMean
+from blr.diagonal import DiagonalRule
 from blr.estimators import LinearRegression
 from blr.families.bernoulli import Bernoulli
 from blr.families.categorical import Categorical
@@ -16,7 +18,9 @@ from blr.families.normal_gamma import NormalGamma
 from blr.families.normal_wishart import NormalWishart
 from blr.families.poisson import Poisson
 from blr.families.wishart import Wishart
+from blr.recipes import TABLE, run
 from blr.regression import GaussianRegression, NormalGammaRegression
+from blr.rule import Rule, learn
 
 __version__ = "0.1.0"
 
@@ -26,6 +30,7 @@ __all__ = [
     "BetaBernoulli",
     "Categorical",
     "DiagonalGaussian",
+    "DiagonalRule",
     "Dirichlet",
     "DirichletMultinomial",
     "Exponential",
@@ -41,5 +46,12 @@ __all__ = [
     "NormalGammaRegression",
     "NormalWishart",
     "Poisson",
+    "Rule",
+    "TABLE",
     "Wishart",
+    "gradients",
+    "learn",
+    "likelihoods",
+    "recipes",
+    "run",
 ]

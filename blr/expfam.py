@@ -169,6 +169,13 @@ class ExponentialFamily(ABC):
         pairing = _tree.inner(self.natural, self.expectation(), self.natural_ndims)
         return self.log_partition() - pairing - self.expected_log_base_measure()
 
+    def entropy_gradient(self) -> Tree:
+        """∇_μH = −λ − ∇_μE_q[log h], with the structure of `natural`; −λ if h is constant.
+
+        A family whose base measure is not constant overrides it.
+        """
+        return _tree.scale(-1.0, self.natural)
+
     def kl(self, other: Self) -> Tensor:
         """KL(q‖p) = A(λ_p) − A(λ_q) − ⟨λ_p − λ_q, μ_q⟩ in nats, the Bregman divergence of A.
 

@@ -1,6 +1,7 @@
 """The laws of an exponential family, as one check that any family can be put through.
 
     ∇A = μ      ∇²A = F = Cov[T]      λ → μ → λ      KL ≥ 0, KL(q, q) = 0      E_q[T] = μ
+    ∇_λH = F ∇_μH
 
 A family is its log-partition function; everything else must agree with A. `check_family` compares
 the closed forms with automatic differentiation and, where the family can be sampled, with draws.
@@ -57,6 +58,7 @@ def check_family(
         "μ → λ → μ": _relative(
             flat(type(q).from_expectation(q.expectation(), q).expectation()), mu
         ),
+        "∇_λH = F ∇_μH": _entropy_slope(q, lam, F),
         "KL(q, q) = 0": abs(q.kl(q).item()) / (1 + abs(q.log_partition().item())),
     }
     for law, deviation in found.items():
@@ -98,6 +100,14 @@ def _check_draws(
             f"{type(q).__name__}: {law} is off by {deviation:.1f} standard errors"
         )
     return found
+
+
+def _entropy_slope(q: ExponentialFamily, lam: Tensor, F: Tensor) -> float:
+    """How far `entropy_gradient` is from autodiff of H, in units of the terms that cancel."""
+    H = lambda x: q._at(_tree.unflatten(x, q.natural, q.natural_ndims)).entropy()  # noqa: E731
+    slope = _tree.flatten(q.entropy_gradient(), q.natural_ndims)
+    gap = (torch.func.grad(H)(lam) - F @ slope).abs()
+    return (gap / (1e-300 + F.abs() @ lam.abs())).max().item()
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:

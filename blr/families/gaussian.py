@@ -330,6 +330,19 @@ class FixedGaussian(ExponentialFamily):
         """μ = m."""
         return self.mean
 
+    def entropy_gradient(self) -> Tensor:
+        """∇_μH = −λ + S₀m = 0: the entropy does not depend on the mean."""
+        return torch.zeros_like(self.natural)
+
+    def natural_gradient(self, gradient: Tensor, curvature: Tensor | None = None) -> Tensor:
+        """∇_μ E_q[ℓ] = g: only the mean is free, and no curvature is needed.
+
+        Args:
+            gradient: g = E_q[∇ℓ], shape (..., D).
+            curvature: Not used; here so that all Gaussians are called alike.
+        """
+        return gradient
+
     def log_base_measure(self, theta: Any) -> Tensor:
         """log h(θ) = log N(θ; 0, S₀⁻¹)."""
         theta = _validate.as_float("theta", theta)

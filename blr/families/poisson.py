@@ -103,6 +103,15 @@ class Poisson(ExponentialFamily):
         """E[log h] = A(λ) − λμ − H(q)."""
         return self.rate - self.natural * self.rate - self.entropy()
 
+    def entropy_gradient(self) -> Tensor:
+        """∇_μH = −log r + E[log(θ + 1)]: a sum below rate 60, the series' derivative above."""
+        lam = self.natural.double()
+        return torch.where(
+            self.rate < LARGE_RATE,
+            _slope_sum(lam.clamp_max(math.log(LARGE_RATE))),
+            _slope_series(lam.exp().clamp_min(LARGE_RATE)),
+        ).to(self.dtype)
+
     def outside_support(self, theta: Any) -> Tensor:
         """Where θ is negative or not an integer."""
         theta = _validate.as_float("theta", theta)
@@ -123,3 +132,14 @@ def _entropy_sum(lam: Tensor) -> Tensor:
 def _entropy_series(r: Tensor) -> Tensor:
     series = sum(math.factorial(n) * G / r ** (n + 1) for n, G in enumerate(GREGORY))
     return 0.5 * (2 * math.pi * math.e * r).log() - series
+
+
+def _slope_sum(lam: Tensor) -> Tensor:
+    theta = torch.arange(LARGEST_COUNT + 1, dtype=lam.dtype, device=lam.device)
+    log_q = theta * lam.unsqueeze(-1) - lam.exp().unsqueeze(-1) - torch.lgamma(theta + 1)
+    return (log_q.exp() * (theta + 1).log()).sum(-1) - lam
+
+
+def _slope_series(r: Tensor) -> Tensor:
+    series = sum(math.factorial(n + 1) * G / r ** (n + 2) for n, G in enumerate(GREGORY))
+    return 0.5 / r + series
