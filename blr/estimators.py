@@ -8,6 +8,7 @@ scikit-learn's way.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -159,7 +160,9 @@ class LinearRegression(RegressorMixin, BaseEstimator):
         return self._see(X, y, reset=not hasattr(self, "_gram"))
 
     def _see(self, X: Any, y: Any, *, reset: bool) -> Self:
-        X, y = validate_data(self, X, y, reset=reset, dtype=np.float64, y_numeric=True)
+        # On a copy: whatever fails, the model stays as it was.
+        new = copy.copy(self)
+        X, y = validate_data(new, X, y, reset=reset, dtype=np.float64, y_numeric=True)
         X = self._design(X)
         y = torch.from_numpy(np.array(y, dtype=np.float64))
         seen = [] if reset else self._seen
@@ -167,8 +170,8 @@ class LinearRegression(RegressorMixin, BaseEstimator):
         gram = (X.mT @ y, torch.from_numpy(X.numpy().T @ X.numpy()))
         if not reset:
             gram = (self._gram[0] + gram[0], self._gram[1] + gram[1])
-        # Solve before storing: if it fails, the model stays as it was.
-        self._adopt(gram, [*seen, (X, y)])
+        new._adopt(gram, [*seen, (X, y)])
+        self.__dict__ = new.__dict__
         return self
 
     def _adopt(self, gram: tuple[Tensor, Tensor], seen: list[tuple[Tensor, Tensor]]) -> None:

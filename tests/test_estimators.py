@@ -229,8 +229,11 @@ def test_a_failed_fit_leaves_the_model_as_it_was(diabetes):
     before = model.coef_.copy()
     with pytest.raises(ValueError, match="NaN"):
         model.partial_fit(X[:2] * np.nan, y[:2])
+    with pytest.raises(ValueError, match="pass noise_variance"):
+        model.fit(X[:4, :3], y[:4])
     with pytest.raises(ValueError, match="definite"):
         model.remove(range(440))
+    assert model.predict(X).shape == y.shape
     np.testing.assert_array_equal(model.coef_, before)
 
 
