@@ -24,7 +24,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test lab lint format notebooks site wheel benchmark constraints clean
+.PHONY: help book test lab lint format notebooks site wheel benchmark table constraints clean
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,7 +69,10 @@ wheel: $(READY) ## Build the wheel into _build/dist
 	$(PY) -m build --wheel --no-isolation --outdir _build/dist . > /dev/null
 	@rm -rf build && ls _build/dist/*.whl
 
-benchmark: $(READY) ## Measure speed against statsmodels and refitting
+table: $(READY) ## Write the table that ends Part II; ARGS=--measure runs the oracles first
+	$(PY) book/_tools/make_table.py $(ARGS)
+
+benchmark: $(READY) ## Measure speed and memory against the peers
 	@for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
 
 constraints: $(READY) ## Pin what is installed in .venv

@@ -9,34 +9,17 @@ is counted on both. Memory is the peak of this process above what it held before
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import os
-import platform
 import resource
-import subprocess
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import statsmodels
 import statsmodels.api as sm
-import torch
+from _machine import best_of, provenance, report
 
 import blr
-
-
-def best_of(f: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the fastest of `repeats` calls."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def data(n: int, d: int) -> tuple[np.ndarray, np.ndarray]:
@@ -148,39 +131,15 @@ def resident() -> int:
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 
-def output(*command: str) -> str:
-    """What a command prints."""
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def processor() -> str:
-    """The name of the processor."""
-    with open("/proc/cpuinfo") as info:
-        names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def main() -> None:
-    """Run all sizes and print, or write, the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="file to write the results to")
-    args = parser.parse_args()
-    results = {
-        "command": "make benchmark",
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads",
-        "versions": {m.__name__: m.__version__ for m in (torch, np, statsmodels)},
+def measure() -> dict[str, Any]:
+    """All sizes."""
+    return {
+        **provenance(np, statsmodels),
         "small": small(),
         "large": large(),
         "huge": huge(),
     }
-    text = json.dumps(results, indent=2)
-    print(text)
-    if args.json:
-        with open(args.json, "w") as file:
-            file.write(text + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    report(__doc__, measure)

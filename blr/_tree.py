@@ -50,9 +50,9 @@ def leaves(tree: Tree) -> Iterator[Tensor]:
         yield tree
 
 
-def add(a: Tree, b: Tree) -> Tree:
-    """The sum a + b."""
-    return tree_map(torch.add, a, b)
+def add(a: Tree, b: Tree, c: float = 1.0) -> Tree:
+    """The sum a + cb, without a tree for cb."""
+    return tree_map(lambda x, y: torch.add(x, y, alpha=c), a, b)
 
 
 def sub(a: Tree, b: Tree) -> Tree:

@@ -122,7 +122,7 @@ _SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 def names() -> tuple[str, ...]:
     """Names that `load` knows, in alphabetical order."""
     fashion = ("fashion_mnist", "fashion_mnist_test")
-    return tuple(sorted((*_CLASSICS, *_BUNDLED, "coal", "coal_dates", *fashion)))
+    return tuple(sorted((*_CLASSICS, *_BUNDLED, "austen", "coal", "coal_dates", *fashion)))
 
 
 def load(name: str, *, download: bool = False) -> Dataset:
@@ -142,6 +142,8 @@ def load(name: str, *, download: bool = False) -> Dataset:
         return _load_bundled(name)
     if name in ("coal", "coal_dates"):
         return _load_coal(name)
+    if name == "austen":
+        return _load_austen()
     if name in ("fashion_mnist", "fashion_mnist_test"):
         return _load_fashion_mnist(name, download)
     raise ValueError(f"there is no data set {name!r}; choose one of {', '.join(names())}")
@@ -200,6 +202,26 @@ def _load_coal(name: str) -> Dataset:
     iso = tuple(date.isoformat() for date in dates)
     text = f"dates of 191 {what}"
     return Dataset(name, X, y, days, "disasters so far", text, source, example_names=iso)
+
+
+def _load_austen() -> Dataset:
+    """Words counted in the chapters of six novels."""
+    packed = (resources.files("blr") / "datasets" / "austen.csv.gz").read_bytes()
+    header, *rows = csv.reader(gzip.decompress(packed).decode("utf-8").splitlines())
+    novels = tuple(row[0] for row in rows)
+    titles = tuple(dict.fromkeys(novels))
+    return Dataset(
+        "austen",
+        np.array([row[2:] for row in rows], dtype=np.float64),
+        np.array([titles.index(novel) for novel in novels]),
+        tuple(header[2:]),
+        "novel",
+        "chapters of Jane Austen's six novels: how often each of 300 words stands in them",
+        "Austen (1811-1817), public domain; texts from the R package janeaustenr, MIT licence",
+        class_names=titles,
+        example_names=tuple(f"{row[0]}, chapter {row[1]}" for row in rows),
+        groups=novels,
+    )
 
 
 def _load_fashion_mnist(name: str, download: bool) -> Dataset:

@@ -48,7 +48,9 @@ class ExponentialFamily(ABC):
         """Convert, broadcast and check λ."""
         lam = _tree.tree_map(lambda x: _validate.as_float("natural", x), self.natural)
         try:
-            batch = torch.broadcast_shapes(*_tree.batch_shapes(lam, self.natural_ndims))
+            shapes = set(_tree.batch_shapes(lam, self.natural_ndims))
+            # torch takes microseconds to broadcast even one shape.
+            batch = shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"natural parameters of {type(self).__name__} do not fit together: "

@@ -5,12 +5,15 @@
     price         E_q[∇ℓ̄] ≈ mean ∇ℓ̄(θₛ),           E_q[∇²ℓ̄] ≈ mean ∇²ℓ̄(θₛ)
     stein         the same, E_q[∇²ℓ̄] = E_q[S(θ − m) ∇ℓ̄ᵀ], without second derivatives
     monte_carlo   F⁻¹ Cov_q[T(θ), ℓ̄(θ)]: any family that can be sampled, no derivative of ℓ̄ at all
+    relaxed       mean (∂θₛ/∂μ)∘∇ℓ̄(θₛ), θₛ = tanh((λ + δₛ)/τ): signs, relaxed to reals
+    straight_through   ∇ℓ̄(sign λ): signs, as if θ = μ
 
 For Gaussians, the theorems of Bonnet and Price turn E_q[∇ℓ̄] and E_q[∇²ℓ̄] into ∇_μ. What stands
 for ∇²ℓ̄ is a part of its own, the `curvature`: a function of (loss, θ, ∇ℓ̄(θ)).
 
 References: Khan & Rue (2023), sections 1.3 and 4; Opper & Archambeau (2009); Lin, Khan & Schmidt
-(2019), Stein's lemma for the reparameterization trick with exponential family mixtures.
+(2019), Stein's lemma for the reparameterization trick with exponential family mixtures; Meng,
+Bachmann & Khan (2020), Training binary neural networks using the Bayesian learning rule.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, vmap
 
-from blr import _tree
+from blr import _tree, per_example
 from blr._tree import Tree
 from blr.expfam import ExponentialFamily
-from blr.families.gaussian import DiagonalGaussian, FixedGaussian, Gaussian
+from blr.families.bernoulli import Bernoulli, SignBernoulli
+from blr.families.fixed_gaussian import FixedGaussian
+from blr.families.gaussian import DiagonalGaussian, Gaussian
 from blr.likelihoods import TotalLoss
 
 Loss: TypeAlias = Callable[[Tensor], Tensor]
@@ -53,14 +58,22 @@ def exact(expected_loss: Callable[[Any], Tensor], q: ExponentialFamily) -> Tree:
     return grad(expected_loss)(q.expectation())
 
 
-def delta(loss: Loss, q: AnyGaussian, curvature: Curvature | None = None) -> Tree:
+def delta(
+    loss: Loss, q: AnyGaussian | Bernoulli | SignBernoulli, curvature: Curvature | None = None
+) -> Tree:
     """∇_μ E_q[ℓ̄] with ℓ̄ replaced by its quadratic expansion at m: exact for quadratic ℓ̄.
+
+    For binary variables, which have no more statistics than θ itself, E_q[ℓ̄] ≈ ℓ̄(μ) and the
+    gradient is ∇ℓ̄(μ): exact if ℓ̄ is multilinear, linear in each variable.
 
     Args:
         loss: ℓ̄.
-        q: One Gaussian, without batch axes.
-        curvature: What stands for ∇²ℓ̄; the exact one, or its diagonal, if missing.
+        q: One Gaussian, without batch axes; or independent binary variables.
+        curvature: What stands for ∇²ℓ̄; the exact one, or its diagonal, if missing. Not for
+            binary variables.
     """
+    if isinstance(q, Bernoulli | SignBernoulli):
+        return grad(_data_only(loss))(q.mean)
     return _one(q).natural_gradient(*at_mean(loss, q, curvature))
 
 
@@ -113,6 +126,62 @@ def monte_carlo(
     return _tree.unflatten(flat, q.natural, q.natural_ndims)
 
 
+def relaxed(
+    loss: Loss,
+    q: SignBernoulli,
+    relaxation: float = 1.0,
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """∇_μ E_q[ℓ̄] with the signs relaxed to θ = tanh((λ + δ)/τ): mean over samples of s∘∇ℓ̄(θ).
+
+    The scale s = ∂θ/∂μ is `SignBernoulli.relaxed_sample`'s. The estimate is unbiased for the
+    relaxed objective, and biased for that of the signs: the bias vanishes with τ, the variance
+    grows as 1/τ.
+
+    Args:
+        loss: ℓ̄, which must be defined between the signs too.
+        q: Signs, without batch axes.
+        relaxation: Temperature τ > 0.
+        num_samples: S.
+        generator: Source of randomness.
+    """
+    theta, scale = _signs(q).relaxed_sample(num_samples, relaxation, generator)
+    return (scale * vmap(grad(_data_only(loss)))(theta)).mean(0)
+
+
+def straight_through(loss: Loss, q: SignBernoulli) -> Tensor:
+    """∇ℓ̄(sign λ): the relaxed gradient without noise and with scale 1, for τ → 0.
+
+    It is ∇_μ E_q[ℓ̄] for linear ℓ̄, and for multilinear ℓ̄ in the limit |λ| → ∞; not in general.
+
+    Args:
+        loss: ℓ̄, which must have a derivative at the signs.
+        q: Signs, without batch axes; sign 0 is +1.
+    """
+    return grad(_data_only(loss))(_signs(q).mode)
+
+
+def with_prior(
+    gradient: Callable[[Any, Any], Tree], prior: ExponentialFamily
+) -> Callable[[Any, Any], Tree]:
+    """An estimator of ∇_μ E_q[ℓ̄ − log p₀], exact in the conjugate prior p₀.
+
+    E_q[−log p₀] = A(λ₀) − ⟨λ₀, μ⟩ − E_q[log h], so the prior subtracts λ₀ and is not sampled.
+
+    Args:
+        gradient: Estimator of ∇_μ E_q[ℓ̄], a function of (loss, q).
+        prior: p₀, a member of the family of q; the posterior of earlier data, for example.
+    """
+
+    def estimate(loss: Any, q: ExponentialFamily) -> Tree:
+        # λ + ∇_μH = −∇_μE_q[log h], zero where h is constant.
+        base_measure = _tree.add(q.natural, q.entropy_gradient())
+        return _tree.sub(_tree.add(gradient(loss, q), base_measure), prior.natural)
+
+    return estimate
+
+
 # ---- E_q[∇ℓ̄] and E_q[∇²ℓ̄] of a Gaussian ---------------------------------------------------------
 
 
@@ -160,13 +229,17 @@ def reparametrized(
 
     Unbiased, with a large variance; symmetrised for a full precision.
     """
-    theta, delta = _one(q).sample(num_samples, generator), _prior_precision(loss)
-    G = vmap(grad(loss))(theta) - delta * theta
-    g = G.mean(0) + delta * q.mean
+    theta, m, delta = _one(q).sample(num_samples, generator), q.mean, _prior_precision(loss)
+    G, move = vmap(grad(loss))(theta), theta - m
+    if isinstance(q, DiagonalGaussian) and not isinstance(delta, Tensor) and delta == 0:
+        # In few passes over the parameters, and in little new memory.
+        return G.mean(0), move.mul_(G).mean(0).mul_(q.precision)
+    G = G - delta * theta
+    g = G.mean(0) + delta * m
     if isinstance(q, DiagonalGaussian):
-        return g, (q.precision * (theta - q.mean) * G).mean(0) + delta
-    H = q.precision @ (theta - q.mean).mT @ G / num_samples
-    return g, 0.5 * (H + H.mT) + _diagonal(delta, q.mean)
+        return g, q.precision * (move * G).mean(0) + delta
+    H = q.precision @ move.mT @ G / num_samples
+    return g, 0.5 * (H + H.mT) + _diagonal(delta, m)
 
 
 # ---- curvatures: what stands for ∇²ℓ̄ ------------------------------------------------------------
@@ -192,26 +265,17 @@ def gauss_newton(loss: TotalLoss, theta: Tensor, gradient: Tensor) -> Tensor:
 
     Equal to the Hessian for models that are linear in θ.
     """
-    f = loss.model(theta, loss.inputs).reshape(len(loss.inputs), -1)
-    J = jacrev(lambda t: loss.model(t, loss.inputs).reshape(f.shape))(theta)
-    shape = loss.model(theta, loss.inputs).shape[1:]
-
-    def example(f_i: Tensor, y_i: Tensor) -> Tensor:
-        return loss.per_example_loss(f_i.reshape(1, *shape), y_i.unsqueeze(0))[0]
-
-    curvature = vmap(torch.func.hessian(example))(f, loss.targets)
+    J, curvature = per_example.jacobian_and_curvature(loss, theta)
     H = torch.einsum("ikp,ikl,ilr->pr", J, curvature, J)
     return loss.weight * H + _diagonal(loss.prior_precision, theta)
 
 
 def squared_gradients(loss: TotalLoss, theta: Tensor, gradient: Tensor) -> Tensor:
-    """(N/|B|) Σᵢ (∇ℓᵢ)² + δ, shape (P,): the gradient of each example is squared, then added."""
+    """(N/|B|) Σᵢ (∇ℓᵢ)² + δ, shape (P,): the gradient of each example is squared, then added.
 
-    def example(t: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return loss.per_example_loss(loss.model(t, x.unsqueeze(0)), y.unsqueeze(0))[0]
-
-    G = vmap(grad(example), in_dims=(None, 0, 0))(theta, loss.inputs, loss.targets)
-    return loss.weight * (G**2).sum(0) + loss.prior_precision
+    Fast for networks of linear layers and convolutions; see `blr.per_example`.
+    """
+    return loss.weight * per_example.sum_of_squares(loss, theta) + loss.prior_precision
 
 
 def squared_batch_gradient(loss: Loss, theta: Tensor, gradient: Tensor) -> Tensor:
@@ -239,6 +303,26 @@ def _prior_precision(loss: Any) -> float | Tensor:
 
 def _diagonal(delta: float | Tensor, like: Tensor) -> Tensor:
     return torch.diag(torch.ones_like(like) * delta)
+
+
+def _data_only(loss: Loss) -> Loss:
+    delta = torch.as_tensor(_prior_precision(loss))
+    if bool((delta != 0).any()):
+        raise ValueError(
+            f"prior_precision must be 0 for binary variables, got {delta.max():g}: ½δθ² is the "
+            "same at both values of a sign, yet has a slope between them; use with_prior"
+        )
+    return loss
+
+
+def _signs(q: Any) -> SignBernoulli:
+    if not isinstance(q, SignBernoulli):
+        raise TypeError(
+            f"q must be SignBernoulli, got {type(q).__name__}; use delta or monte_carlo for others"
+        )
+    if q.batch_shape:
+        raise ValueError(f"q must be one vector, got a batch {tuple(q.batch_shape)}; pass one")
+    return q
 
 
 def _one(q: Any) -> Any:

@@ -96,30 +96,42 @@ class TotalLoss:
                 )
 
 
-def from_module(
-    module: torch.nn.Module,
-) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
-    """A network as a model f(θ, X), and its parameters as the vector θ.
+@dataclass(frozen=True, eq=False)
+class ModuleModel:
+    """A network as a model f(θ, X); an output of shape (N, 1) becomes one of shape (N,).
 
     Args:
         module: Any module; it is called with θ in the place of its parameters, which stay as they
-            are. An output of shape (N, 1) becomes one of shape (N,).
+            are.
+    """
+
+    module: torch.nn.Module
+
+    def __call__(self, theta: Tensor, inputs: Tensor) -> Tensor:
+        """f(θ, X), shape (N,) or (N, K)."""
+        parameters = dict(self.module.named_parameters())
+        parts = theta.split([p.numel() for p in parameters.values()])
+        values = {
+            name: part.view(p.shape)
+            for (name, p), part in zip(parameters.items(), parts, strict=True)
+        }
+        f = torch.func.functional_call(self.module, values, (inputs,))
+        return f.squeeze(-1) if f.ndim == 2 and f.shape[-1] == 1 else f
+
+
+def from_module(module: torch.nn.Module) -> tuple[ModuleModel, Tensor]:
+    """A network as a model f(θ, X), and its parameters as the vector θ.
+
+    Args:
+        module: Any module.
 
     Returns:
         The model, and θ of shape (P,), a copy of the parameters in their order, without gradient.
     """
-    shapes = {name: p.shape for name, p in module.named_parameters()}
-    sizes = [shape.numel() for shape in shapes.values()]
-    if not sizes:
+    parameters = [p.detach().reshape(-1) for p in module.parameters()]
+    if not parameters:
         raise ValueError(f"{type(module).__name__} has no parameters; there is nothing to learn")
-
-    def model(theta: Tensor, inputs: Tensor) -> Tensor:
-        parts = zip(shapes.items(), theta.split(sizes), strict=True)
-        values = {name: part.reshape(shape) for (name, shape), part in parts}
-        f = torch.func.functional_call(module, values, (inputs,))
-        return f.squeeze(-1) if f.ndim == 2 and f.shape[-1] == 1 else f
-
-    return model, torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    return ModuleModel(module), torch.cat(parameters)
 
 
 def linear(theta: Tensor, inputs: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ def learn(q: Q, gradient: Tree, lr: float = 1.0, temperature: float = 1.0) -> Q:
     """
     rho, T = lr, temperature
     # The entropy first: at ρ = T = 1 it cancels λ without rounding.
-    kept = _tree.add(q.natural, _tree.scale(rho * T, q.entropy_gradient()))
-    return _at(q, _tree.sub(kept, _tree.scale(rho, gradient)), lr)
+    kept = _tree.add(q.natural, q.entropy_gradient(), rho * T)
+    return _at(q, _tree.add(kept, gradient, -rho), lr)
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,31 @@ class Rule:
         lr: Learning rate ρ, or a function of the step t = 1, 2, … that gives it.
         temperature: Weight T of the entropy.
         momentum: γ of the heavy ball in λ, λ⁺ = (the rule's) + γ(λ − λ_previous); 0 is the rule.
+        average: Decay β of an average of ∇_μ(E_q[ℓ̄] − T H(q)) that starts at zero and is divided by
+            1 − βᵗ, the weight that it has gathered; 0 is the rule.
+        step: A step from (q, gradient, ρ, T): `learn`, or `blr.improve` to stay in the domain.
     """
 
     gradient: Callable[[Any, Any], Tree]
     lr: float | Callable[[int], float] = 1.0
     temperature: float = 1.0
     momentum: float = 0.0
+    average: float = 0.0
+    step: Callable[[Any, Tree, float, float], Any] = learn
 
     def posteriors(self, losses: Iterable[Any], q: Q) -> Iterator[Q]:
         """q after each step, one step for each of `losses`, starting from q."""
-        previous = q
+        previous, mean = q, _tree.scale(0.0, q.natural)
         for t, loss in enumerate(losses, 1):
             rho = self.lr(t) if callable(self.lr) else self.lr
-            after = learn(q, self.gradient(loss, q), rho, self.temperature)
+            gradient, T = self.gradient(loss, q), self.temperature
+            if self.average:
+                # The entropy is part of what is averaged, so the step must not add it again.
+                whole = _tree.sub(gradient, _tree.scale(T, q.entropy_gradient()))
+                kept = _tree.scale(self.average, mean)
+                mean = _tree.add(kept, _tree.scale(1 - self.average, whole))
+                gradient, T = _tree.scale(1 / (1 - self.average**t), mean), 0.0
+            after = self.step(q, gradient, rho, T)
             if self.momentum:
                 ball = _tree.scale(self.momentum, _tree.sub(q.natural, previous.natural))
                 after = _at(q, _tree.add(after.natural, ball), rho)
@@ -78,5 +90,6 @@ def _at(q: Q, natural: Tree, lr: float) -> Q:
     except ValueError as error:
         raise ValueError(
             f"the learning rate {lr:g} leads out of the domain of {type(q).__name__}: {error}. "
-            "Lower lr, or use a curvature that cannot be negative, such as gauss_newton"
+            "Lower lr, use a curvature that cannot be negative such as gauss_newton, or for "
+            "Gaussians and gammas the improved rule, Rule(..., step=blr.improve)"
         ) from error

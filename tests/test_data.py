@@ -13,6 +13,7 @@ import pytest
 import blr.data as data
 
 SHAPES = {
+    "austen": (269, 300),
     "breast_cancer": (569, 30),
     "coal": (112, 1),
     "coal_dates": (191, 1),
@@ -138,6 +139,22 @@ def test_coal_counts_are_the_dates_counted_by_year():
     count = Counter(int(date[:4]) for date in dates.example_names)
     assert d.y.tolist() == [count[int(year)] for year in d.X[:, 0]]
     assert d.y[:10].tolist() == [4, 5, 4, 1, 0, 4, 3, 4, 0, 6]  # Carlin, Gelfand, Smith (1992)
+
+
+def test_austen_has_the_chapters_of_the_six_novels_and_their_words_where_they_belong():
+    d = data.load("austen")
+    chapters = [50, 61, 48, 55, 31, 24]
+    assert list(Counter(d.groups).values()) == chapters == np.bincount(d.y).tolist()
+    assert d.example_names[50] == "Pride and Prejudice, chapter 1"
+    assert tuple(d.class_names[k] for k in d.y) == d.groups
+    assert len(set(d.feature_names)) == 300 and (d.X >= 0).all() and (d.X % 1 == 0).all()
+    count = dict(zip(d.feature_names, d.X.T, strict=True))
+    # The play that is rehearsed in Mansfield Park from chapter 13 on; grep finds 32 in the text.
+    theatre = [count["theatre"][d.y == k].sum() for k in range(6)]
+    assert theatre == [0, 1, 32, 0, 10, 2]
+    assert d.example_names[count["theatre"].argmax()] == "Mansfield Park, chapter 13"
+    for word in ("elizabeth", "pemberley", "the", "you"):  # neither names nor words of every page
+        assert word not in count
 
 
 def test_a_wrong_name_is_answered_with_the_right_ones():

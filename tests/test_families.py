@@ -22,8 +22,9 @@ from blr.families.bernoulli import Bernoulli
 from blr.families.categorical import Categorical
 from blr.families.dirichlet import Beta, Dirichlet
 from blr.families.exponential import Exponential
+from blr.families.fixed_gaussian import FixedGaussian
 from blr.families.gamma import Gamma, InverseGamma
-from blr.families.gaussian import DiagonalGaussian, FixedGaussian, Gaussian
+from blr.families.gaussian import DiagonalGaussian, Gaussian
 from blr.families.normal_gamma import NormalGamma
 from blr.families.normal_wishart import NormalWishart
 from blr.families.poisson import Poisson

@@ -12,7 +12,7 @@ import torch
 from blr import data
 from blr.families.bernoulli import Bernoulli
 from blr.families.exponential import Exponential
-from blr.families.gaussian import FixedGaussian
+from blr.families.fixed_gaussian import FixedGaussian
 from blr.families.poisson import Poisson
 from blr.interactive import InteractiveFigure, drag_regression, family_explorer, frames
 

@@ -36,6 +36,7 @@ def close(a, b, rtol=1e-10, atol=1e-12):
     "q",
     [
         blr.Bernoulli.from_probability(0.3),
+        blr.SignBernoulli.from_probability([0.3, 0.8]),
         blr.Categorical.from_probabilities([0.2, 0.5, 0.3]),
         blr.Exponential.from_rate(1.3),
         blr.Poisson.from_rate(3.2),
@@ -134,6 +135,21 @@ def test_momentum_is_the_heavy_ball_and_zero_is_the_rule():
     plain = blr.run(blr.Rule(gradients.delta, lr=rho, momentum=0.0), loss, q0, 6)
     q = q0
     for found in plain:
+        q = blr.learn(q, gradients.delta(loss, q), rho)
+        close(found.natural, q.natural, rtol=0, atol=0)
+
+
+def test_the_average_is_of_the_whole_objective_and_zero_is_the_rule():
+    loss, q0, rho, beta, T = problem(), start(30.0), 0.1, 0.7, 0.8
+    recipe = blr.Rule(gradients.delta, lr=rho, temperature=T, average=beta)
+    q, mean = q0, _tree.scale(0.0, q0.natural)
+    for t, found in enumerate(blr.run(recipe, loss, q0, 6), 1):
+        whole = _tree.add(gradients.delta(loss, q), _tree.scale(T, q.natural))
+        mean = _tree.add(_tree.scale(beta, mean), _tree.scale(1 - beta, whole))
+        q = q.at(_tree.sub(q.natural, _tree.scale(rho / (1 - beta**t), mean)))
+        close(found.natural, q.natural)
+    q = q0
+    for found in blr.run(blr.Rule(gradients.delta, lr=rho, average=0.0), loss, q0, 6):
         q = blr.learn(q, gradients.delta(loss, q), rho)
         close(found.natural, q.natural, rtol=0, atol=0)
 

@@ -4,6 +4,9 @@
 """
 
 import math
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,14 +14,19 @@ import scipy.special
 import torch
 from oracles import ORACLES, TOLERANCE
 from oracles.problem import (
+    BATCH,
     DELTA,
     LOSS,
+    STEPS,
     P,
     X,
     Y,
+    along,
+    batches,
     diagonal_start,
     fixed_start,
     full_start,
+    generator,
     gradient_and_hessian,
     minimum,
     relative,
@@ -48,6 +56,18 @@ def test_a_row_says_what_it_is_made_of(row):
     assert getattr(blr.recipes, row.build.__name__) is row.build
 
 
+def test_the_page_shows_the_rows_as_they_are(root):
+    tool = [sys.executable, root / "book/_tools/make_table.py", "--check"]
+    done = subprocess.run(tool, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_row_has_its_equation_in_the_book(root):
+    chapters = "\n".join(path.read_text() for path in (root / "book").glob("[0-9]*.md"))
+    labels = set(re.findall(r"^\$\$ \((eq-[a-z0-9-]+)\)$", chapters, re.M))
+    assert [row.name for row in TABLE if row.equation not in labels] == []
+
+
 START = {
     blr.FixedGaussian: fixed_start,
     blr.Gaussian: full_start,
@@ -65,6 +85,17 @@ def test_every_row_runs_alike_and_learns(row):
 
 
 # ---- what the rows are known for ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("batch", [None, BATCH])
+def test_a_precision_kept_as_a_number_is_torchs_sgd_too(momentum, batch):
+    make = lambda p: torch.optim.SGD(p, lr=2e-4 / 3, momentum=momentum)  # noqa: E731
+    expected = torch_optimizer(make, STEPS, None if batch is None else batches(3))
+    q0 = blr.FixedGaussian.from_moments(torch.zeros(P).double(), 3.0)
+    recipe = blr.recipes.gradient_descent(lr=2e-4, momentum=momentum)
+    path = blr.run(recipe, LOSS, q0, STEPS, batch=batch, generator=generator(3))
+    assert along(path, expected) < 1e-12
 
 
 def test_newton_squares_its_error_and_finds_the_minimum():

@@ -1,4 +1,4 @@
-"""Functions of p × p matrices, and the inverse maps λ(μ) that several families share.
+"""Functions that several families share: of p × p matrices, inverse maps λ(μ), normal noise.
 
     log Γ_p(x + (p−1)/2) = ¼ p(p−1) log π + Σ_{j<p} log Γ(x + j/2)
     ψ_p(x + (p−1)/2)     = Σ_{j<p} ψ(x + j/2)
@@ -134,3 +134,13 @@ def not_positive_definite(X: Tensor) -> Tensor:
     tolerance = 100 * torch.finfo(X.dtype).eps * X.abs().amax((-2, -1))
     skew = ~((X - X.mT).abs().amax((-2, -1)) <= tolerance)
     return skew | (torch.linalg.cholesky_ex(X).info != 0)
+
+
+def log_h_normal(vector: Tensor) -> Tensor:
+    """log h = −½ D log 2π of Gaussians, for any vector of D entries."""
+    return vector.new_tensor(-0.5 * vector.shape[-1] * math.log(2 * math.pi))
+
+
+def standard_normal(n: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """n draws from N(0, I), shape (n, *like.shape)."""
+    return torch.randn((n, *like.shape), dtype=like.dtype, device=like.device, generator=generator)

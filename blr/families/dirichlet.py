@@ -68,6 +68,23 @@ class Dirichlet(ExponentialFamily):
         """Var[θ_k] = m_k(1 − m_k)/(Σα + 1) with m = E[θ], shape (*batch, K)."""
         return self.mean * (1 - self.mean) / (self.concentrations.sum(-1, keepdim=True) + 1)
 
+    @property
+    def mode(self) -> Tensor:
+        """The θ of highest density, λ/Σλ, shape (*batch, K).
+
+        Raises:
+            ValueError: If a λ_k = α_k − 1 is negative, or all are zero: the density has no peak.
+        """
+        total = self.natural.sum(-1, keepdim=True)
+        _validate.require(
+            (self.natural >= 0) & (total > 0),
+            "concentrations",
+            "at least one, and not all one, for a mode",
+            self.concentrations,
+            "give the prior concentrations above one, or use the mean",
+        )
+        return self.natural / total
+
     def log_partition(self) -> Tensor:
         """A(λ) = Σ log Γ(α_k) − log Γ(Σα)."""
         return _log_beta(self.concentrations)

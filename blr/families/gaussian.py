@@ -1,17 +1,15 @@
-"""Gaussian posteriors N(m, S⁻¹): full, diagonal, and with known precision.
+"""Gaussian posteriors N(m, S⁻¹), full and diagonal.
 
     T(θ) = (θ, θθᵀ)      λ = (Sm, −½S)      μ = (m, S⁻¹ + mmᵀ)
     A(λ) = ½ mᵀSm − ½ log|S|                log h = −½ D log 2π
 
 The precision S is stored, never the covariance: data add to it and forgetting subtracts from it.
-With S known, λ = S₀m alone is free, T(θ) = θ, and the base measure N(0, S₀⁻¹) is no constant.
 
 References: Khan & Rue (2023), section 1.3; Wainwright & Jordan (2008), example 3.3.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -22,7 +20,7 @@ from torch import Tensor
 from blr import _validate
 from blr._tree import Tree
 from blr.expfam import ExponentialFamily
-from blr.families._special import inverse
+from blr.families._special import inverse, log_h_normal, standard_normal
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,15 +146,15 @@ class Gaussian(ExponentialFamily):
 
     def log_base_measure(self, theta: Any) -> Tensor:
         """log h = −½ D log 2π."""
-        return _log_h(self.natural[0])
+        return log_h_normal(self.natural[0])
 
     def expected_log_base_measure(self) -> Tensor:
         """E[log h] = −½ D log 2π."""
-        return _log_h(self.natural[0])
+        return log_h_normal(self.natural[0])
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws, shape (n, *batch, D)."""
-        noise = _standard_normal(n, self.natural[0], generator)
+        noise = standard_normal(n, self.natural[0], generator)
         # S = LLᵀ, so L⁻ᵀε has covariance S⁻¹.
         return self.mean + torch.linalg.solve_triangular(
             self.cholesky.mT, noise.unsqueeze(-1), upper=True
@@ -208,7 +206,10 @@ class DiagonalGaussian(ExponentialFamily):
                 f"natural must have two blocks of one length, got {tuple(lam1.shape)} and "
                 f"{tuple(lam2.shape)}; pass (s·m, −s/2)"
             )
-        _validate.positive("precision s", self.precision, "natural[1] = −s/2 must be negative")
+        _validate.finite("natural[1] = −s/2", lam2)
+        # Where all is well this takes no memory.
+        if not (lam2.numel() and bool(lam2.detach().max() < 0)):
+            _validate.positive("precision s", self.precision, "natural[1] = −s/2 must be negative")
 
     @property
     def precision(self) -> Tensor:
@@ -218,7 +219,7 @@ class DiagonalGaussian(ExponentialFamily):
     @property
     def mean(self) -> Tensor:
         """m = λ₁/s, shape (*batch, D)."""
-        return self.natural[0] / self.precision
+        return (self.natural[0] / self.natural[1]).mul_(-0.5)
 
     @property
     def variance(self) -> Tensor:
@@ -241,7 +242,7 @@ class DiagonalGaussian(ExponentialFamily):
             curvature: h = diag E_q[∇²ℓ], shape (..., D).
         """
         g, h = gradient, curvature
-        return g - h * self.mean, 0.5 * h
+        return torch.addcmul(g, h, self.mean, value=-1), 0.5 * h
 
     def sufficient_statistics(self, theta: Any) -> tuple[Tensor, Tensor]:
         """T(θ) = (θ, θ²), elementwise."""
@@ -250,131 +251,16 @@ class DiagonalGaussian(ExponentialFamily):
 
     def log_base_measure(self, theta: Any) -> Tensor:
         """log h = −½ D log 2π."""
-        return _log_h(self.natural[0])
+        return log_h_normal(self.natural[0])
 
     def expected_log_base_measure(self) -> Tensor:
         """E[log h] = −½ D log 2π."""
-        return _log_h(self.natural[0])
+        return log_h_normal(self.natural[0])
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws, shape (n, *batch, D)."""
-        noise = _standard_normal(n, self.natural[0], generator)
-        return self.mean + noise * self.precision.rsqrt()
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class FixedGaussian(ExponentialFamily):
-    """N(m, S₀⁻¹) with known precision S₀: T(θ) = θ, λ = S₀m, μ = m.
-
-    Args:
-        natural: λ = S₀m, shape (*batch, D).
-        precision: S₀, shape (D, D); no part of λ, and shared by the batch.
-    """
-
-    natural: Tensor
-    precision: Tensor
-    natural_ndims: ClassVar = 1
-    parameters: ClassVar = ("mean", "precision")
-
-    @classmethod
-    def from_moments(cls, mean: Any, precision: Any) -> Self:
-        """N(m, S₀⁻¹) from mean, shape (*batch, D), and known precision, shape (D, D)."""
-        m = _validate.finite("mean", _validate.vector("mean", _validate.as_float("mean", mean)))
-        m, S = _validate.common(m, _validate.as_float("precision", precision))
-        _validate.square("precision", S, m.shape[-1])
-        return cls(natural=m @ S, precision=S)
-
-    @classmethod
-    def from_expectation(cls, mu: Tensor, like: Self | None = None) -> Self:
-        """The member with mean μ and the known precision of `like`.
-
-        Raises:
-            ValueError: If `like` is missing.
-        """
-        if like is None:
-            raise ValueError(
-                "like must be a FixedGaussian: its precision is known, not part of mu; "
-                "pass like=q, or use from_moments(mean, precision)"
-            )
-        return cls.from_moments(mu, like.precision)
-
-    def _validate(self) -> None:
-        _validate.finite("natural = S₀m", _validate.vector("natural = S₀m", self.natural))
-        S = _validate.as_float("precision", self.precision).to(self.natural.dtype)
-        object.__setattr__(self, "precision", S)
-        if S.ndim != 2:
-            raise ValueError(f"precision must have shape (D, D), got {tuple(S.shape)}; share one")
-        _validate.symmetric("precision", _validate.square("precision", S, self.natural.shape[-1]))
-        vars(self)["cholesky"] = _validate.positive_definite("precision", S)
-
-    @cached_property
-    def cholesky(self) -> Tensor:
-        """L with S₀ = LLᵀ, lower triangular, shape (D, D)."""
-        return torch.linalg.cholesky(self.precision)
-
-    @property
-    def mean(self) -> Tensor:
-        """m = S₀⁻¹λ, shape (*batch, D)."""
-        return torch.cholesky_solve(self.natural.unsqueeze(-1), self.cholesky).squeeze(-1)
-
-    @property
-    def covariance(self) -> Tensor:
-        """S₀⁻¹, shape (D, D)."""
-        return inverse(self.cholesky)
-
-    def log_partition(self) -> Tensor:
-        """A(λ) = ½ λᵀS₀⁻¹λ."""
-        return 0.5 * (self.mean * self.natural).sum(-1)
-
-    def expectation(self) -> Tensor:
-        """μ = m."""
-        return self.mean
-
-    def entropy_gradient(self) -> Tensor:
-        """∇_μH = −λ + S₀m = 0: the entropy does not depend on the mean."""
-        return torch.zeros_like(self.natural)
-
-    def natural_gradient(self, gradient: Tensor, curvature: Tensor | None = None) -> Tensor:
-        """∇_μ E_q[ℓ] = g: only the mean is free, and no curvature is needed.
-
-        Args:
-            gradient: g = E_q[∇ℓ], shape (..., D).
-            curvature: Not used; here so that all Gaussians are called alike.
-        """
-        return gradient
-
-    def log_base_measure(self, theta: Any) -> Tensor:
-        """log h(θ) = log N(θ; 0, S₀⁻¹)."""
-        theta = _validate.as_float("theta", theta)
-        quadratic = ((theta @ self.precision) * theta).sum(-1)
-        return self._log_normaliser() - 0.5 * quadratic
-
-    def expected_log_base_measure(self) -> Tensor:
-        """E[log h] = log N(m; 0, S₀⁻¹) − ½D."""
-        return self._log_normaliser() - 0.5 * ((self.mean * self.natural).sum(-1) + self.dim)
-
-    def _log_normaliser(self) -> Tensor:
-        return _log_h(self.natural) + self.cholesky.diagonal().log().sum()
-
-    @property
-    def dim(self) -> int:
-        """D, the length of θ."""
-        return self.natural.shape[-1]
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws, shape (n, *batch, D)."""
-        noise = _standard_normal(n, self.natural, generator)
-        return self.mean + torch.linalg.solve_triangular(
-            self.cholesky.mT, noise.unsqueeze(-1), upper=True
-        ).squeeze(-1)
-
-    def _check_same_family(self, other: ExponentialFamily) -> None:
-        super()._check_same_family(other)
-        if not torch.equal(self.precision, other.precision):  # type: ignore[attr-defined]
-            raise ValueError(
-                "the two Gaussians have different known precisions, so they are members of "
-                "different families; use Gaussian.from_moments for both"
-            )
+        noise = standard_normal(n, self.natural[0], generator)
+        return noise.mul_(self.precision.rsqrt_()).add_(self.mean)
 
 
 def _one_of(**options: Any) -> tuple[str, Any]:
@@ -383,11 +269,3 @@ def _one_of(**options: Any) -> tuple[str, Any]:
         names = " and ".join(options)
         raise ValueError(f"exactly one of {names} must be given, got {len(given)} of them")
     return given[0]
-
-
-def _log_h(vector: Tensor) -> Tensor:
-    return vector.new_tensor(-0.5 * vector.shape[-1] * math.log(2 * math.pi))
-
-
-def _standard_normal(n: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn((n, *like.shape), dtype=like.dtype, device=like.device, generator=generator)

@@ -163,6 +163,18 @@ class NormalWishart(ExponentialFamily):
         """W, shape (*batch, D, D)."""
         return inverse(self.cholesky)
 
+    @property
+    def mode(self) -> tuple[Tensor, Tensor]:
+        """The pair (x, Λ) of highest density, (m, (ν − D)W), shapes (*batch, D) and (*batch, D, D).
+
+        Raises:
+            ValueError: If ν ≤ D: the density has no peak.
+        """
+        excess = _validate.positive(
+            "dof − D", self.dof - self.dim, "for a mode the family needs more than D degrees"
+        )
+        return self.mean, excess[..., None, None] * self.scale
+
     def log_partition(self) -> Tensor:
         """A(λ) = ½ν (D log 2 + log|W|) + log Γ_D(ν/2) − ½ D log κ."""
         wishart = 0.5 * self.dof * self._log_det_2W() + log_gamma_p(self._x, self.dim)

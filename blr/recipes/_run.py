@@ -10,6 +10,7 @@ import torch
 import tqdm
 
 from blr import _tree
+from blr.expected import ExpectedLoss
 from blr.expfam import ExponentialFamily
 from blr.likelihoods import TotalLoss
 
@@ -52,8 +53,11 @@ def run(
         TypeError: If `batch` is given for a loss that does not know its examples.
         ValueError: If a step leaves the domain of the family: which step, and what to change.
     """
-    if batch is not None and not isinstance(loss, TotalLoss):
-        raise TypeError(f"batch needs a TotalLoss, got {type(loss).__name__}; or leave batch out")
+    if batch is not None and not isinstance(loss, TotalLoss | ExpectedLoss):
+        raise TypeError(
+            f"batch needs a TotalLoss, got {type(loss).__name__}; pass one, or an ExpectedLoss, "
+            "or leave batch out"
+        )
     losses = itertools.repeat(loss) if batch is None else loss.minibatches(batch, generator)
     return _run(recipe, itertools.islice(losses, steps), q, steps, tolerance, progress)
 

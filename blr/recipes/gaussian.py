@@ -8,7 +8,8 @@ S ← (1 − ρ)S + ρ∇²ℓ̄(m),  m ← m − ρS⁻¹∇ℓ̄(m)      q = N
 from __future__ import annotations
 
 from blr.expfam import ExponentialFamily
-from blr.families.gaussian import FixedGaussian, Gaussian
+from blr.families.fixed_gaussian import FixedGaussian
+from blr.families.gaussian import Gaussian
 from blr.gradients import delta, exact
 from blr.recipes._row import Row
 from blr.rule import Rule

@@ -52,7 +52,7 @@ def batches(seed: int, steps: int = STEPS, batch: int = BATCH) -> list[torch.Ten
     return indices[:steps]
 
 
-def torch_optimizer(make, steps: int, indices=None) -> list[torch.Tensor]:
+def torch_optimizer(make, steps: int, indices=None, prior_precision=DELTA) -> list[torch.Tensor]:
     """θ after each step of an optimizer of torch on the (reweighted) total loss."""
     theta = torch.nn.Parameter(torch.zeros(P, dtype=torch.float64))
     optimizer, path = make([theta]), []
@@ -61,7 +61,7 @@ def torch_optimizer(make, steps: int, indices=None) -> list[torch.Tensor]:
         x, y = torch.tensor(X)[B], torch.tensor(Y)[B]
         optimizer.zero_grad()
         nll = torch.nn.functional.binary_cross_entropy_with_logits(x @ theta, y, reduction="sum")
-        (N / len(y) * nll + 0.5 * DELTA * theta.square().sum()).backward()
+        (N / len(y) * nll + 0.5 * prior_precision * theta.square().sum()).backward()
         optimizer.step()
         path.append(theta.detach().clone())
     return path
@@ -70,6 +70,7 @@ def torch_optimizer(make, steps: int, indices=None) -> list[torch.Tensor]:
 def relative(actual, expected) -> float:
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape
+    assert np.isfinite(actual).all(), "max() would pass over a NaN"
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
