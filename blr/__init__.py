@@ -4,7 +4,7 @@ Learning adds natural parameters to λ; asking "what if" subtracts them. The cha
 the other half of each module.
 """
 
-from blr import expected, gradients, likelihoods, messages, mixtures, recipes
+from blr import expected, gradients, likelihoods, messages, metrics, mixtures, recipes
 from blr.conjugate import BetaBernoulli, DirichletMultinomial, GammaPoisson, GaussianMean
 from blr.diagonal import DiagonalRule
 from blr.estimators import LinearRegression
@@ -24,6 +24,8 @@ from blr.families.product import Product
 from blr.families.spike_and_slab import SpikeAndSlab
 from blr.families.wishart import Wishart
 from blr.improved import improve
+from blr.optim import IVON, VOGN, BayesBiNN, NamedGaussian
+from blr.predict import predict, prediction_variance, sample_outputs
 from blr.recipes import TABLE, run
 from blr.regression import GaussianRegression, NormalGammaRegression
 from blr.rule import Rule, learn
@@ -32,6 +34,7 @@ from blr.slang import LowRankRule
 __version__ = "0.1.0"
 
 __all__ = [
+    "BayesBiNN",
     "Bernoulli",
     "Beta",
     "BetaBernoulli",
@@ -47,11 +50,13 @@ __all__ = [
     "Gaussian",
     "GaussianMean",
     "GaussianRegression",
+    "IVON",
     "InverseGamma",
     "LinearRegression",
     "LowRankGaussian",
     "LowRankRule",
     "Mixture",
+    "NamedGaussian",
     "NormalGamma",
     "NormalGammaRegression",
     "NormalWishart",
@@ -62,6 +67,7 @@ __all__ = [
     "SpikeAndSlab",
     "StudentT",
     "TABLE",
+    "VOGN",
     "Wishart",
     "expected",
     "gradients",
@@ -70,6 +76,10 @@ __all__ = [
     "likelihoods",
     "messages",
     "mixtures",
+    "metrics",
+    "predict",
+    "prediction_variance",
     "recipes",
     "run",
+    "sample_outputs",
 ]

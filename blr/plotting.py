@@ -5,6 +5,7 @@
     influence_bubbles(ax, leverage, residual, cooks_distance)     who pulls the line?
     stems(ax, values)                           one number per example
     ellipse(ax, mean, covariance)               a Gaussian in the plane
+    reliability_diagram(ax, reliability)        is the model right as often as it thinks?
 
 The colours are those of Okabe and Ito (2008), Color universal design, in an order chosen for
 lines and points on white; yellow is left out because it cannot be read there.
@@ -18,6 +19,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse
 from numpy.typing import ArrayLike
+
+from blr.metrics import Reliability
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, GREY = "#E69F00", "#56B4E9", "#4D4D4D"
@@ -186,6 +189,33 @@ def ellipse(
         ax.add_patch(patch)
     ax.plot(*mean, "o", color=color, markersize=4, label=label)
     ax.autoscale_view()
+    return ax
+
+
+def reliability_diagram(
+    ax: Axes, reliability: Reliability, *, color: str = BLUE, label: str = ""
+) -> Axes:
+    """Accuracy against confidence in each bin that holds an example; on the diagonal is calibrated.
+
+    Below the diagonal the model is too sure of itself, above it not sure enough. The area of
+    a point is the share of examples in its bin. Call it again for other models on the same axes.
+
+    Args:
+        ax: Where to draw.
+        reliability: Bins of a model, from `blr.metrics.reliability`.
+        color: Colour of line and points.
+        label: Name of the model; the legend adds its expected calibration error.
+    """
+    held = reliability.count > 0
+    confidence, accuracy = (x[held].numpy() for x in (reliability.confidence, reliability.accuracy))
+    share = (reliability.count[held] / reliability.count.sum()).numpy()
+    name = f"{label}: ECE {reliability.ece:.3f}" if label else f"ECE {reliability.ece:.3f}"
+    ax.plot((0, 1), (0, 1), color=GREY, linewidth=1, zorder=1)
+    ax.plot(confidence, accuracy, color=color, label=name, zorder=2)
+    # Bins of the almost certain lie on the border: their points are not cut off there.
+    ax.scatter(confidence, accuracy, s=12 + 500 * share, color=color, alpha=0.55,
+               edgecolors="white", linewidths=0.8, zorder=3, clip_on=False)  # fmt: skip
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence", ylabel="accuracy")
     return ax
 
 

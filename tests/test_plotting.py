@@ -8,11 +8,12 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
-from blr import plotting
+from blr import metrics, plotting
 
 
 @pytest.fixture
@@ -114,6 +115,30 @@ def test_points_of_an_ellipse_have_its_mahalanobis_radius(ax, covariance):
         distance = np.einsum("ni,ij,nj->n", z, np.linalg.inv(covariance), z)
         np.testing.assert_allclose(distance, radius**2, rtol=1e-10)
     assert ax.get_legend_handles_labels()[1] == ["q"]
+
+
+def test_a_reliability_diagram_draws_the_bins_that_hold_examples(ax):
+    p = torch.tensor([[0.1, 0.9], [0.35, 0.65], [0.37, 0.63], [1.0, 0.0]], dtype=torch.float64)
+    bins = metrics.reliability(p, [1, 0, 1, 1], num_bins=5)
+    assert plotting.reliability_diagram(ax, bins, color="#D55E00", label="IVON") is ax
+    diagonal, line = ax.lines
+    np.testing.assert_array_equal(diagonal.get_xdata(), diagonal.get_ydata())
+    np.testing.assert_allclose(line.get_xydata(), [[0.64, 0.5], [0.95, 0.5]], rtol=1e-12)
+    (points,) = ax.collections
+    np.testing.assert_array_equal(points.get_offsets(), line.get_xydata())
+    area = points.get_sizes()
+    assert area[0] == area[1]
+    assert ax.get_legend_handles_labels()[1] == ["IVON: ECE 0.295"]
+    assert to_rgb(line.get_color()) == to_rgb("#D55E00")
+
+
+def test_areas_of_a_reliability_diagram_grow_linearly_with_the_examples(ax):
+    p = torch.tensor([[0.9, 0.1]] * 6 + [[0.6, 0.4]] * 2 + [[0.75, 0.25]])
+    bins = metrics.reliability(p, [0] * 9, num_bins=10)
+    area = plotting.reliability_diagram(ax, bins).collections[0].get_sizes()
+    assert area[2] - area[1] == pytest.approx(5 * (area[0] - area[1]))
+    assert ax.get_xlim() == ax.get_ylim() == (0, 1)
+    assert ax.get_legend_handles_labels()[1] == ["ECE 0.183"]
 
 
 def test_wrong_shapes_are_named(ax):

@@ -1,0 +1,8 @@
+"""Optimizers whose state is a posterior."""
+
+from blr.optim.bayesbinn import BayesBiNN
+from blr.optim.ivon import IVON
+from blr.optim.posterior import NamedGaussian
+from blr.optim.vogn import VOGN
+
+__all__ = ["IVON", "VOGN", "BayesBiNN", "NamedGaussian"]

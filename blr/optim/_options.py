@@ -1,0 +1,65 @@
+"""Options at the door: each check names the argument, its value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def number(
+    options: dict[str, Any], name: str, low: float, remedy: str, *, closed: bool = False,
+    infinite: bool = False,
+) -> None:  # fmt: skip
+    """Check that an option is a number above `low`; `closed` admits `low`, `infinite` infinity.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is out of range.
+    """
+    try:
+        value = float(options[name])
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number, got {options[name]!r}; {remedy}") from error
+    above = value >= low if closed else value > low
+    if not above or math.isnan(value) or (math.isinf(value) and not infinite):
+        what = f"at least {low:g}" if closed else f"greater than {low:g}"
+        raise ValueError(f"{name} must be {what}, got {options[name]!r}; {remedy}")
+
+
+def check_common(options: dict[str, Any]) -> None:
+    """Check what all optimizers with a posterior have: lr, ess, seed."""
+    number(options, "lr", 0, "pass a learning rate such as 0.1", closed=True)
+    number(options, "ess", 0, "pass the number of training examples, or of tokens")
+    if not isinstance(options["seed"], int) or isinstance(options["seed"], bool):
+        raise TypeError(f"seed must be an integer, got {options['seed']!r}; pass one such as 0")
+
+
+def check_gaussian(options: dict[str, Any]) -> None:
+    """Check what Gaussian posteriors have beyond that: betas, weight_decay, hess_init."""
+    betas = options["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got {betas!r}; pass (0.9, 0.99999)")
+    if not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"betas must be in [0, 1), got {betas!r}; pass such as (0.9, 0.99999)")
+    number(options, "weight_decay", 0, "pass 0 for a flat prior", closed=True)
+    number(options, "hess_init", 0, "pass a curvature such as 1.0, 0.1 or 0.01")
+
+
+def check_clipping(options: dict[str, Any]) -> None:
+    """Check the largest step: clip_radius."""
+    remedy = "pass float('inf') for no clipping"
+    number(options, "clip_radius", 0, remedy, infinite=True)
+
+
+def check_device(options: dict[str, Any]) -> None:
+    """Refuse `fused` and `capturable`, which need a kernel for GPUs; the step here is eager.
+
+    Raises:
+        ValueError: If one of them is asked for.
+    """
+    for name in ("fused", "capturable"):
+        if options[name]:
+            raise ValueError(
+                f"{name}=True needs one kernel for sample and step, got an optimizer whose step is "
+                f"driven from the CPU; leave {name} out"
+            )
