@@ -44,6 +44,16 @@ ORDINARY = {
         blr.DiagonalGaussian.from_moments([1.0, -2.0], [2.0, 0.3]),
         blr.DiagonalGaussian.from_moments([0.0, 1.0], [1.0, 3.0]),
     ),
+    "NamedGaussian": (
+        blr.NamedGaussian.from_named(
+            {"w": torch.tensor([[1.0], [-2.0]]).double(), "b": torch.tensor([0.5]).double()},
+            {"w": torch.tensor([[2.0], [0.3]]).double(), "b": torch.tensor([7.0]).double()},
+        ),
+        blr.NamedGaussian.from_named(
+            {"w": torch.tensor([[0.0], [1.0]]).double(), "b": torch.tensor([3.0]).double()},
+            {"w": torch.tensor([[1.0], [3.0]]).double(), "b": torch.tensor([0.2]).double()},
+        ),
+    ),
     "FixedGaussian": (
         blr.FixedGaussian.from_moments([1.0, -2.0], SPD2),
         blr.FixedGaussian.from_moments([0.0, 1.0], SPD2),
@@ -231,6 +241,9 @@ def members(draw):
             return blr.Gaussian.from_moments(vector(real), spd())
         case "DiagonalGaussian":
             return blr.DiagonalGaussian.from_moments(vector(real), vector(positive))
+        case "NamedGaussian":
+            m, s = (torch.tensor(vector(x), dtype=torch.float64) for x in (real, positive))
+            return blr.NamedGaussian.from_named({"w": m}, {"w": s})
         case "FixedGaussian":
             return blr.FixedGaussian.from_moments(vector(real), spd())
         case "FixedGaussian, diagonal":

@@ -61,6 +61,17 @@ class NamedGaussian(DiagonalGaussian):
                 for part in (mean, precision))  # fmt: skip
         return cls(natural=(s * m, -0.5 * s), shapes=shapes)
 
+    @classmethod
+    def from_expectation(cls, mu: tuple[Tensor, Tensor], like: Self | None = None) -> Self:
+        """The member with E[θ] = μ₁ and E[θ²] = μ₂, and the names of `like`.
+
+        Raises:
+            ValueError: If `like` is missing, or μ₂ − μ₁² is not positive.
+        """
+        if like is None:
+            raise ValueError("like must be a NamedGaussian: μ has no names; pass the posterior")
+        return like.at(DiagonalGaussian.from_expectation(mu).natural)
+
     def named(self, vector: Tensor) -> dict[str, Tensor]:
         """The tensors of the model in a vector such as `q.mean` or `q.sample(n)`, by name.
 
