@@ -34,6 +34,7 @@ from oracles.problem import (
 )
 
 import blr
+from blr.likelihoods import TotalLoss, linear, logistic, softmax
 from blr.recipes import TABLE
 
 
@@ -82,6 +83,36 @@ def test_every_row_runs_alike_and_learns(row):
     path = list(blr.run(recipe, LOSS, q0, 12))
     assert [type(q) for q in path] == [row.family] * 12
     assert LOSS(path[-1].mean) < LOSS(q0.mean)
+
+
+def odd(case: str) -> TotalLoss:
+    """Seven examples with a column of zeros; only one of them; or all of a single class."""
+    inputs, labels = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).double(), Y[:7]
+    inputs[:, 1] = 0.0
+    if case == "one class":
+        one = lambda theta, x: (x @ theta)[:, None]  # noqa: E731
+        return TotalLoss(one, softmax, inputs, torch.zeros(7, dtype=torch.long), DELTA)
+    n = 1 if case == "one example" else 7
+    return TotalLoss(linear, logistic, inputs[:n], torch.tensor(labels[:n]), DELTA)
+
+
+@pytest.mark.parametrize("case", ["column of zeros", "one example", "one class"])
+@pytest.mark.parametrize(
+    "row",
+    [r for r in TABLE if r.family in (blr.Gaussian, blr.DiagonalGaussian)],
+    ids=lambda r: r.name,
+)
+def test_odd_data_leave_the_parameters_that_they_say_nothing_about(row, case):
+    start = blr.Gaussian if row.family is blr.Gaussian else blr.DiagonalGaussian
+    precision = torch.eye(3).double() if start is blr.Gaussian else torch.ones(3).double()
+    q0 = start.from_moments(torch.zeros(3).double(), 9 * precision)
+    recipe = row.build(lr=1e-3) if "lr" in row.build.__code__.co_varnames else row.build()
+    *_, q = blr.run(recipe, odd(case), q0, 4)
+    assert torch.isfinite(q.mean).all()
+    # The prior alone speaks of the second parameter, and of all where there is nothing to choose.
+    silent = slice(None) if case == "one class" else slice(1, 2)
+    assert (q.mean[silent] == 0).all() or row.gradient.startswith("samples")
+    assert q.mean.abs().max() > 0 or case == "one class"
 
 
 # ---- what the rows are known for ----------------------------------------------------------------
