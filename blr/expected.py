@@ -30,6 +30,7 @@ from blr.expfam import ExponentialFamily
 from blr.families.categorical import Categorical
 from blr.families.dirichlet import Dirichlet
 from blr.families.product import Product
+from blr.likelihoods import batches
 
 Data: TypeAlias = tuple[Tensor, ...]
 
@@ -103,14 +104,10 @@ class ExpectedLoss:
             batch: |B|; the last one of an epoch may have fewer, and weighs them accordingly.
             generator: Source of the orders.
         """
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
-        N, device = len(self), self.data[0].device
-        while True:
-            order = torch.randperm(N, generator=generator, device=generator and generator.device)
-            for B in order.to(device).split(batch):
-                data = tuple(x[B] for x in self.data)
-                yield dataclasses.replace(self, data=data, num_data=self.num_data or N)
+        N = self.num_data or len(self)
+        for B in batches(len(self), batch, generator, self.data[0].device):
+            data = tuple(x[B] for x in self.data)
+            yield dataclasses.replace(self, data=data, num_data=N)
 
 
 def conjugate(prior: ExponentialFamily) -> Callable[[Tree], Tensor]:

@@ -81,19 +81,31 @@ class TotalLoss:
             batch: |B|; the last one of an epoch may have fewer, and weighs them accordingly.
             generator: Source of the orders.
         """
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
-        device = self.inputs.device if generator is None else generator.device
-        N = len(self.inputs)
-        while True:
-            order = torch.randperm(N, generator=generator, device=device)
-            for B in order.to(self.inputs.device).split(batch):
-                yield dataclasses.replace(
-                    self,
-                    inputs=self.inputs[B],
-                    targets=self.targets[B],
-                    num_data=self.num_data or N,
-                )
+        N = self.num_data or len(self.inputs)
+        for B in batches(len(self.inputs), batch, generator, self.inputs.device):
+            inputs, targets = self.inputs[B], self.targets[B]
+            yield dataclasses.replace(self, inputs=inputs, targets=targets, num_data=N)
+
+
+def batches(
+    n: int, batch: int, generator: torch.Generator | None, device: torch.device
+) -> Iterator[Tensor]:
+    """Indices of minibatches of n examples, without end, each epoch in a new order.
+
+    Args:
+        n: Number of examples.
+        batch: Examples in a minibatch; the last one of an epoch may have fewer.
+        generator: Source of the orders; it may be on another device.
+        device: Where the indices are wanted.
+
+    Raises:
+        ValueError: If `batch` is less than 1.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    while True:
+        source = device if generator is None else generator.device
+        yield from torch.randperm(n, generator=generator, device=source).to(device).split(batch)
 
 
 @dataclass(frozen=True, eq=False)
