@@ -268,7 +268,9 @@ def test_hooks_call_files_that_exist():
 
 def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    package = {name for name in names if ".dist-info/" not in name}
+    package = {name for name in names if not re.search(r"\.(dist-info|data)/", name)}
+    results = {Path(name).name for name in names if "/share/blr/results/" in name}
+    assert results == {path.name for path in (ROOT / "book" / "results").glob("*.json")}
     packed = (ROOT / "blr" / "datasets").glob("*.gz")  # no text, so not among `our_files`
     ours = [p for p in (*our_files(), *packed) if ROOT / "blr" in p.parents]
     on_disk = {str(p.relative_to(ROOT)) for p in ours}

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
 from blr import metrics, plotting
+from blr.notebook import results
 
 
 @pytest.fixture
@@ -169,6 +170,15 @@ assert torch.tensor([1.0]).dtype == torch.float32
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "tensor([0.0000, 2.0000]) [0. 2.]\n"
+
+
+def test_results_are_those_beside_the_chapter_and_a_missing_one_says_where(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine.json").write_text('{"accuracy": 0.5}')
+    assert results("mine") == {"accuracy": 0.5}
+    with pytest.raises(FileNotFoundError, match=r"'other': looked for results.other\.json"):
+        results("other")
 
 
 def test_plotting_opens_no_window_and_needs_no_pyplot_figure(ax):
