@@ -1,37 +1,41 @@
 """The cost of a step of IVON on the CPU: sampling, restoring and updating, against AdamW and peers.
 
-    python benchmarks/ivon.py [--threads N] [--repeats R] [--json FILE]
+    python benchmarks/ivon.py [--threads N] [--repeats R] [--layouts …] [--json FILE]
 
 Each row of the table is one run in one process: all optimizers take turns on the same shapes and
-gradients, so a busy machine hurts them alike, and each time is the median over the turns. A step
-of IVON is a training sample, its restoration, and the update; of AdamW it is the update. Memory is
-the growth of the resident set of a fresh process, beyond parameters and gradients. `ivon-opt` is
-the public package of the authors; at 10⁷ parameters much of its time goes into page faults of
-fresh buffers, which the rows with a tuned allocator avoid.
+gradients, so a busy machine hurts them alike; medians of the turns and the best of them are kept.
+A step of IVON is a training sample, its restoration, and the update; of AdamW it is the update.
+Memory is what a process grows by beyond parameters, gradients and what a first step loads once and
+for all, such as a compiler. `ivon-opt` is the public package of the authors; at 10⁷ parameters much
+of its time goes into page faults of fresh buffers, which the rows with a tuned allocator avoid.
+The time to compile is that of the first step of a process, with nothing in the caches on disk, and
+again with everything there.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import importlib.metadata
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from _machine import in_turn, provenance
 
 import blr
 
 # This file has the name of the public package; do not find it in its place.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parent]
 
+Parameters = list[torch.nn.Parameter]
 Step = Callable[[], None]
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
 
@@ -53,21 +57,25 @@ LAYOUTS: dict[str, list[tuple[int, ...]]] = {
 }
 
 
-def parameters(layout: str) -> list[torch.nn.Parameter]:
+def parameters(layout: str) -> Parameters:
     """Parameters and gradients of a layout."""
-    params = [torch.nn.Parameter(0.02 * torch.randn(shape)) for shape in LAYOUTS[layout]]
+    return with_gradients(LAYOUTS[layout])
+
+
+def with_gradients(shapes: list[tuple[int, ...]]) -> Parameters:
+    params = [torch.nn.Parameter(0.02 * torch.randn(shape)) for shape in shapes]
     for p in params:
         p.grad = 1e-3 * torch.randn_like(p)
     return params
 
 
-def adamw(params: list[torch.nn.Parameter]) -> Step:
+def adamw(params: Parameters) -> Step:
     optimizer = torch.optim.AdamW(params, fused=True)
     return lambda: (optimizer.step(), None)[1]
 
 
-def ours(params: list[torch.nn.Parameter]) -> Step:
-    optimizer = blr.IVON(params, lr=0.1, ess=1e6)
+def ours(params: Parameters, fused: bool = False) -> Step:
+    optimizer = blr.IVON(params, lr=0.1, ess=1e6, fused=fused)
 
     def step() -> None:
         with optimizer.sampled_params(train=True):
@@ -77,13 +85,13 @@ def ours(params: list[torch.nn.Parameter]) -> Step:
     return step
 
 
-def ours_training(params: list[torch.nn.Parameter]) -> Step:
-    optimizer = blr.IVON(params, lr=0.1, ess=1e6)
+def ours_training(params: Parameters, fused: bool = False) -> Step:
+    optimizer = blr.IVON(params, lr=0.1, ess=1e6, fused=fused)
     optimizer.train()
     return lambda: (optimizer.step(), None)[1]
 
 
-def official(params: list[torch.nn.Parameter]) -> Step:
+def official(params: Parameters) -> Step:
     import ivon
 
     optimizer = ivon.IVON(params, lr=0.1, ess=1e6)
@@ -96,11 +104,11 @@ def official(params: list[torch.nn.Parameter]) -> Step:
     return step
 
 
-def noise(params: list[torch.nn.Parameter]) -> Step:
+def noise(params: Parameters) -> Step:
     """The noise of one sample, by itself."""
-    from blr.optim import _noise
+    from blr.optim import _noise, _pieces
 
-    size, window = sum(p.numel() for p in params), 1 << 17
+    size, window = sum(p.numel() for p in params), _pieces.WINDOW["cpu"]
 
     def step() -> None:
         for start in range(0, size, window):
@@ -110,66 +118,137 @@ def noise(params: list[torch.nn.Parameter]) -> Step:
     return step
 
 
-OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], Step]] = {
+def compiled_noise(params: Parameters) -> Step:
+    """The noise of one sample, by itself, in compiled code."""
+    from blr.optim import _compiled
+
+    size, window = sum(p.numel() for p in params), _compiled.WINDOW["cpu"]
+    normal = torch.compile(_compiled.normal, dynamic=True)
+    key = torch.arange(4, dtype=torch.int32)
+
+    def step() -> None:
+        for start in range(0, size, window):
+            normal(min(size - start, window), key, 7)
+
+    return step
+
+
+OPTIMIZERS: dict[str, Callable[[Parameters], Step]] = {
     "AdamW fused": adamw,
+    "ivon-opt": official,
     "blr.IVON": ours,
     "blr.IVON train()": ours_training,
-    "ivon-opt": official,
+    "blr.IVON compiled": lambda params: ours(params, True),
+    "blr.IVON compiled train()": lambda params: ours_training(params, True),
+}
+NOISE: dict[str, Callable[[Parameters], Step]] = {
     "noise of one sample": noise,
+    "noise of one sample, compiled": compiled_noise,
 }
 
 
-def times(layout: str, repeats: int) -> dict[str, float]:
-    """Nanoseconds per parameter and step: medians of turns taken one after the other."""
-    steps = {name: make(parameters(layout)) for name, make in OPTIMIZERS.items()}
+def times(layout: str, repeats: int) -> dict[str, Any]:
+    """Nanoseconds per parameter and step: medians, and the best, of turns one after the other."""
+    steps = {name: make(parameters(layout)) for name, make in (OPTIMIZERS | NOISE).items()}
     size = sum(torch.Size(shape).numel() for shape in LAYOUTS[layout])
-    record: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn >= 2:
-                record[name].append((time.perf_counter() - start) / size * 1e9)
-    return {name: statistics.median(values) for name, values in record.items()}
+    in_turn(2, **steps)  # what compiles or is allocated at first
+    record = in_turn(repeats, **steps)
+    kinds = {"median": statistics.median, "best": min}
+    return {
+        kind: {name: f(seconds) / size * 1e9 for name, seconds in record.items()}
+        for kind, f in kinds.items()
+    }
+
+
+def ratios(median: dict[str, float]) -> dict[str, dict[str, float]]:
+    """What the goals are about: fused AdamW, the public package, and the noise as a floor."""
+    base, peer = median["AdamW fused"], median["ivon-opt"]
+    mine = [name for name in OPTIMIZERS if name.startswith("blr")]
+    floor = {name: median[list(NOISE)["compiled" in name]] for name in mine}
+    return {
+        "of AdamW fused": {name: round(x / base, 2) for name, x in median.items()},
+        "times faster than ivon-opt": {name: round(peer / median[name], 2) for name in mine},
+        "share of the noise": {name: round(floor[name] / median[name], 2) for name in mine},
+    }
 
 
 def memory(name: str, layout: str) -> float:
     """Bytes per parameter at the peak, beyond parameters and gradients; in a process of its own."""
     make, params = OPTIMIZERS[name], parameters(layout)
-    small = [torch.nn.Parameter(p.detach()[:1].clone()) for p in params[:1]]
-    for p in small:
-        p.grad = torch.zeros_like(p)
-    make(small)()  # what a first step loads once and for all
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    warm = make(with_gradients([(40_000,), (50,)]))  # what a first step loads once and for all
+    for _ in range(2):
+        warm()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     step = make(params)
     for _ in range(3):
         step()
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return grown * 1024 / sum(p.numel() for p in params)
+    return (resident("VmHWM") - before) / sum(p.numel() for p in params)
 
 
-def child(*arguments: str, tuned: bool = False) -> dict[str, float]:
+def resident(field: str) -> int:
+    """Bytes of memory in use, or at the peak."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith(field)).split()[1]) * 1024
+
+
+def first_step(name: str) -> float:
+    """Seconds of the first step of an optimizer."""
+    step = OPTIMIZERS[name](parameters("flat 10^5"))
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def child(*arguments: str, **environment: str) -> Any:
     """Run this file with other arguments in a fresh process; returns what it prints as JSON."""
-    environment = os.environ | (TUNED if tuned else {})
     command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    env = os.environ | environment
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    here = Path(__file__).parent
-    return subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
+def table(layouts: list[str], shared: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Times of all layouts; the large ones also with an allocator that keeps what it has."""
+    rows = []
+    for layout in layouts:
+        for tuned in (False, True) if "10^7" in layout else (False,):
+            row = child("--times", layout, *shared, **(TUNED if tuned else {}))
+            row |= ratios(row["median"])
+            rows.append({"layout": layout, "tuned allocator": tuned, "ns per parameter": row})
+            print(layout, "(tuned allocator)" if tuned else "", flush=True)
+            for name, value in row["median"].items():
+                faster = row["times faster than ivon-opt"].get(name)
+                print(
+                    f"  {name:30s}{value:8.2f} ns (best {row['best'][name]:.2f})"
+                    f"{row['of AdamW fused'][name]:8.2f} x AdamW fused"
+                    + (f"{faster:8.2f} x faster than ivon-opt" if faster else ""),
+                    flush=True,
+                )
+    return rows
+
+
+def compilation(shared: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Seconds of the first step, nothing and everything being in the caches on disk."""
+    seconds: dict[str, dict[str, float]] = {}
+    for name in (name for name in OPTIMIZERS if "compiled" in name):
+        with tempfile.TemporaryDirectory() as folder:
+            for cache in ("empty", "full"):
+                done = child("--first", name, *shared, TORCHINDUCTOR_CACHE_DIR=folder)
+                seconds.setdefault(name, {})[f"{cache} cache"] = round(done["seconds"], 1)
+        print(f"  {name:30s}", seconds[name], flush=True)
+    return seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--times", help=argparse.SUPPRESS)
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--first", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -177,31 +256,28 @@ def main() -> None:
         return print(json.dumps(times(options.times, options.repeats)))
     if options.memory:
         return print(json.dumps({"bytes": memory(*options.memory)}))
+    if options.first:
+        return print(json.dumps({"seconds": first_step(options.first)}))
     shared = ("--threads", str(options.threads), "--repeats", str(options.repeats))
-    rows, largest = [], options.layouts[-1]
-    for layout in options.layouts:
-        for tuned in (False, True) if "10^7" in layout else (False,):
-            row = child("--times", layout, *shared, tuned=tuned)
-            rows.append({"layout": layout, "tuned": tuned, "ns per parameter": row})
-            base, peer, mine = row["AdamW fused"], row["ivon-opt"], row["blr.IVON"]
-            print(layout, "(tuned allocator)" if tuned else "", flush=True)
-            for name, value in row.items():
-                print(f"  {name:22s}{value:8.2f} ns  {value / base:6.1f} x AdamW fused")
-            print(f"  {peer / mine:.1f} times faster than ivon-opt", flush=True)
-    peak = {name: child("--memory", name, largest)["bytes"] for name in list(OPTIMIZERS)[:4]}
+    rows, largest = table(options.layouts, shared), options.layouts[-1]
     print(largest, "peak bytes per parameter beyond parameters and gradients")
-    for name, value in peak.items():
-        print(f"  {name:22s}{value:8.1f}")
+    peak: dict[str, float] = {}
+    for name in OPTIMIZERS:
+        peak[name] = round(child("--memory", name, largest, *shared)["bytes"], 1)
+        print(f"  {name:30s}{peak[name]:8.1f}", flush=True)
+    print("seconds of the first step in a process")
+    compiled = compilation(shared)
     if options.json:
-        about = {
-            "command": "python benchmarks/ivon.py " + " ".join(sys.argv[1:]),
-            "date": datetime.date.today().isoformat(),
-            "commit": commit(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "threads": options.threads,
-            "torch": torch.__version__,
+        about = provenance() | {
+            "command": " ".join(["python benchmarks/ivon.py", *sys.argv[1:]]),
+            "ivon-opt": importlib.metadata.version("ivon-opt"),
         }
-        result = about | {"times": rows, "peak bytes per parameter": {largest: peak}}
+        result = about | {
+            "repeats": options.repeats,
+            "times": rows,
+            "peak bytes per parameter": {largest: peak},
+            "seconds of the first step": compiled,
+        }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

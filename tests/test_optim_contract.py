@@ -1,9 +1,12 @@
 """The contract of optimizers with a posterior: what an engineer may rely on, a test for a claim."""
 
+import ast
 import copy
 import io
+import json
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,18 +267,25 @@ def test_a_frozen_parameter_is_neither_sampled_nor_moved_and_may_thaw():
     assert same(weights(model[0]), before)
 
 
-def test_tied_parameters_are_one_parameter():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
-            self.b.weight = self.a.weight
+class Tied(nn.Module):
+    """Two layers with one weight."""
 
-        def forward(self, x):
-            return self.b(self.a(x)).sum(-1, keepdim=True)
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.b.weight = self.a.weight
 
+    def forward(self, x):
+        return self.b(self.a(x)).sum(-1, keepdim=True)
+
+
+def tied_network() -> Tied:
     torch.manual_seed(0)
-    model = Tied()
+    return Tied()
+
+
+def test_tied_parameters_are_one_parameter():
+    model = tied_network()
     tied = make(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own word on duplicates
@@ -595,6 +605,24 @@ def test_models_in_channels_last_train_as_others_do():
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("small", [0, 1 << 13])
+def test_a_model_may_change_its_memory_format_during_training(small, monkeypatch):
+    monkeypatch.setattr(_pieces, "SMALL", small)
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 8, 3)
+    optimizer = make(model)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=layout)
+        before = optimizer.state[model.weight]["momentum"].clone()
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            model(torch.randn(4, 3, 6, 6)).square().mean().backward()
+        optimizer.step()
+        after = optimizer.state[model.weight]["momentum"]
+        torch.testing.assert_close(after, before.lerp(model.weight.grad, 0.1))
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_saving_a_layer_writes_that_layer_only():
     model = network()
     optimizer = make(model)
@@ -604,6 +632,39 @@ def test_saving_a_layer_writes_that_layer_only():
     assert model[0].bias.untyped_storage().nbytes() == 5 * 4
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert len(storages) == 4  # safetensors refuses tensors that share memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_safetensors_saves_a_trained_model_and_reads_it_back(dtype, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, other = network(dtype), network(dtype)
+    optimizer = make(model)
+    learn(model, optimizer, 2)
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path)
+    other.load_state_dict(load_file(path))
+    assert same(weights(model), weights(other))
+    assert path.stat().st_size < sum(w.nbytes for w in weights(model)) + 400  # and a header
+    optimizer.train()
+    with optimizer.mean_params():
+        save_file(model.state_dict(), path)
+    read = load_file(path)
+    assert same(weights(other), [read[name] for name, _ in model.named_parameters()])
+
+
+def test_safetensors_saves_tied_parameters_once(tmp_path):
+    from safetensors.torch import load_file, load_model, save_file, save_model
+
+    model, other = tied_network(), tied_network()
+    learn(model, make(model), 2)
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(RuntimeError, match="share memory"):
+        save_file(model.state_dict(), path)  # its rule for whatever is tied, also without us
+    save_model(model, path)
+    assert len(load_file(path)) == 3
+    load_model(other, path)
+    assert same(weights(model), weights(other)) and other.a.weight is other.b.weight
 
 
 def test_aliases_made_before_the_optimizer_see_its_steps():
@@ -711,6 +772,22 @@ def test_resuming_from_the_state_dict_alone_is_exact_to_the_bit(dtype, style, pr
     assert same(everything(model, optimizer), everything(other, resumed))
 
 
+def test_distributed_checkpoints_take_and_give_the_state():
+    """In one process; they fill states that are empty by a step of their own, so none may be."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, other = network(), network()
+    optimizer, resumed = make(model), make(other, lr=0.9, seed=5)
+    learn(model, optimizer, 3)
+    before = everything(model, optimizer)
+    weight, state = copy.deepcopy(get_state_dict(model, optimizer))
+    assert same(everything(model, optimizer), before)
+    set_state_dict(other, resumed, model_state_dict=weight, optim_state_dict=state)
+    learn(model, optimizer, 2)
+    learn(other, resumed, 2)
+    assert same(everything(model, optimizer), everything(other, resumed))
+
+
 def test_the_mean_is_saved_once():
     model = network()
     optimizer = make(model)
@@ -789,7 +866,7 @@ def test_looking_at_samples_does_not_change_the_training():
         ({"weight_decay": float("nan")}, r"weight_decay must be at least 0, got nan"),
         ({"clip_radius": 0}, r"clip_radius must be greater than 0, got 0; pass float\('inf'\)"),
         ({"seed": 1.5}, r"seed must be an integer, got 1.5; pass"),
-        ({"fused": True}, r"fused=True .*; "),
+        ({"fused": "yes"}, r"fused must be True, False or None, got 'yes'; leave"),
         ({"capturable": True}, r"capturable=True .*; "),
     ],
     ids=str,
@@ -813,3 +890,25 @@ def test_parameters_that_cannot_have_a_posterior_are_refused():
         layer(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match="sparse"):
         optimizer.step()
+
+
+# ---- side by side -------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_published_comparison_names_tests_that_exist_and_claims_what_the_probes_find(
+    monkeypatch,
+):
+    """`book/results/contract.json`, which a chapter shows, was made by `benchmarks/contract.py`."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import contract
+
+    rows = json.loads((ROOT / "book" / "results" / "contract.json").read_text("utf-8"))["rows"]
+    assert [row["behaviour"] for row in rows] == [name for name, _, _ in contract.PROBES]
+    for row, (_, probe, test) in zip(rows, contract.PROBES, strict=True):
+        file, name = test.split("::")
+        tree = ast.parse((ROOT / file).read_text("utf-8"))
+        assert name in {f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+        assert row["test"] == test
+        assert row["blr"] == contract.tried(probe, contract.OURS) == "holds", row["behaviour"]

@@ -1,4 +1,4 @@
-"""What optimizers with a posterior share: sampling in place, contexts, and the parts of a step.
+"""What optimizers with a posterior share: contexts, steps, groups, saving and loading.
 
     sample:  θ = draw(m, ε)      learn:  m, state ← update(m, state, ĝ, product)      rest:  θ = m
 
@@ -6,7 +6,8 @@ Parameters are the model's own tensors throughout: they are written, never repla
 memory formats and saving stay what they are. They rest at the mean; in a context, or between
 `train()` and `eval()`, they hold a sample, and the mean waits in the state. What a sample teaches
 is read off `p.grad` at the step, so whatever scales, clips or averages gradients before does the
-same to the curvature.
+same to the curvature. The equations are an optimizer's own (`_rule`), the tensors are written by
+`_work`; here is when.
 """
 
 from __future__ import annotations
@@ -14,64 +15,36 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from blr.optim import _noise, _pieces, _state
-from blr.optim._pieces import Piece, Plan, local
+from blr.optim import _distributed, _pieces, _state
+from blr.optim._distributed import Agreement, Averaging
+from blr.optim._pieces import Job, local
+from blr.optim._rule import Rule
 from blr.optim._samples import Samples
-
-TRAINING, LOOKING = 0, 1
-"""Streams of noise: samples that are learned from, and samples that are only looked at."""
+from blr.optim._work import LOOKING, TRAINING, Eager, Plan, Work
 
 
-class PosteriorOptimizer(Optimizer):
+class PosteriorOptimizer(Rule):
     """An optimizer whose state is a posterior over the parameters."""
 
-    _linear: ClassVar[bool] = True  # whether products scale as gradients do
-    _transient: ClassVar[tuple[str, ...]] = ("product",)  # entries of the state not worth saving
+    _averaging: Averaging | None = None  # of products over ranks that have noise of their own
+    _rank: int = 0  # whose noise that is here
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._at: tuple[int, int] | None = None  # stream and number of the sample held; None: mean
         self._open = self._looked = 0  # open contexts; samples only looked at since the last step
         self._warned = False
         self._samples = Samples(self._linear)
-        self._aside: tuple[int, int] | None = None  # the sample kept where the mean waited
         self._held: set[Tensor] = set()  # the parameters that the last sample moved
-        self._placed: list[Piece] = []  # and the pieces of them that hold it now
+        self._placed: list[Work] = []  # and the units of work on them
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._index: dict[Tensor, int] = {}
+        self._agreement = Agreement()
         super().__init__(params, defaults)
-
-    # ---- what an optimizer writes -------------------------------------------------------------
-
-    def _check(self, group: dict[str, Any]) -> None:
-        """Refuse options that make no sense."""
-
-    def _initial(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state of a parameter at the start, by name, each with the layout of `p`."""
-        raise NotImplementedError
-
-    def _draw(self, b: Piece, group: dict[str, Any], mean: Tensor, noise: Tensor) -> Tensor:
-        """A sample θ from the mean m and noise ε."""
-        raise NotImplementedError
-
-    def _product(
-        self, b: Piece, group: dict[str, Any], gradient: Tensor, theta: Tensor, mean: Tensor
-    ) -> Tensor:
-        """What a sample teaches beyond its gradient, such as ĝ(θ − m)."""
-        raise NotImplementedError
-
-    def _renew(self) -> None:
-        """Forget what was noted about an earlier sample, if anything is."""
-
-    def _learn(
-        self, b: Piece, group: dict[str, Any], mean: Tensor, gradient: Tensor, product: Tensor
-    ) -> None:
-        """Update m and the state in place."""
 
     # ---- where the parameters are -------------------------------------------------------------
 
@@ -90,7 +63,9 @@ class PosteriorOptimizer(Optimizer):
                 "sample; leave the other context first, or call eval() to end train()"
             )
         if train:
-            self._samples.begin(self._held, self.state, self._products)
+            self._samples.begin(self._held, self.state, self._add)
+            if self._averaging:
+                self._averaging.begin()
             self._renew()
             name = (TRAINING, self._samples.count)
         else:
@@ -99,12 +74,16 @@ class PosteriorOptimizer(Optimizer):
         try:
             with self._holding(name):
                 yield
+                if train:
+                    self._learned(self._samples.count)
         except BaseException:
             if train:
                 self._samples.abandon()
+                if self._averaging:
+                    self._averaging.abandon()
             raise
         if train:
-            self._samples.end(self._held, self.state, self._products)
+            self._samples.end(self._held, self.state, self._add)
 
     @contextmanager
     def mean_params(self) -> Iterator[None]:
@@ -119,7 +98,7 @@ class PosteriorOptimizer(Optimizer):
         it before validating and before saving the model.
         """
         self._outside("train() and eval()")
-        self._samples.clear()
+        self._forget()
         self._go((TRAINING, 0) if mode else None)
         for group in self.param_groups:
             group["training"] = mode
@@ -153,51 +132,22 @@ class PosteriorOptimizer(Optimizer):
             self._rest()
         if name is not None:
             self._at, self._aside = name, None
-            self._held = {p for g in self.param_groups for p in g["params"] if p.requires_grad}
-            self._place(self._held, fresh=True)
-        # Autocast keeps low-precision copies of weights; they would outlive the swap.
-        torch.clear_autocast_cache()
+            self._held = self._free()
+            self._place(self._held)
+        _distributed.drop_copies(self._held)
 
     def _rest(self) -> None:
-        """Swap mean and sample: the sample is kept aside, in case that a step learns from it."""
-        while self._placed:
-            b = self._placed[-1]
-            theta = b.read("parameter").clone()
-            b.write("parameter", self._shown(b.read("mean")))
-            # Whenever an interrupt comes, the rest of the list can still be undone.
-            self._placed.pop()
-            if not self._apart(b.dtype):
-                b.write("mean", theta)
-        self._at, self._aside = None, self._at
+        """Back to the mean. Whenever an interrupt comes, the rest of the list can be undone."""
+        for work in self._placed:
+            work.rest(self)
+        self._at, self._aside, self._placed = None, self._at, []
 
-    def _place(self, parameters: Iterable[Tensor], fresh: bool) -> None:
-        """Write samples into parameters; where `fresh`, they are at the mean now."""
-        assert self._at is not None
-        for b, group in self._each(parameters):
-            m = self._resting(b, group) if fresh else b.read("mean")
-            theta = self._draw(b, group, m, self._noise(b, group, *self._at))
-            if fresh:
-                b.write("mean", m)
-                self._placed.append(b)
-            b.write("parameter", self._visible(theta, self._at[0]))
-
-    def _resting(self, b: Piece, group: dict[str, Any]) -> Tensor:
-        """The mean of parameters at rest, which may have been changed by others since."""
-        shown = b.read("parameter")
-        if not self._apart(b.dtype):
-            return shown
-        kept = b.read("mean")
-        same = self._shown(kept).to(shown.dtype) == shown
-        return torch.where(same, kept, self._unshown(shown.to(kept.dtype), group))
-
-    def _sample(self, b: Piece, group: dict[str, Any], mean: Tensor, number: int) -> Tensor:
-        """θ of a training sample: where it is now, where it is kept aside, or made again."""
-        if not self._apart(b.dtype):
-            if self._at == (TRAINING, number):
-                return b.read("parameter")
-            if self._aside == (TRAINING, number):
-                return b.read("mean")
-        return self._draw(b, group, mean, self._noise(b, group, TRAINING, number))
+    def _place(self, parameters: Iterable[Tensor]) -> None:
+        """Write samples into parameters that are at the mean now."""
+        works = self._works(parameters)
+        self._placed.extend(works)
+        for work in works:
+            work.place(self, fresh=True)
 
     # ---- a step -------------------------------------------------------------------------------
 
@@ -219,10 +169,13 @@ class PosteriorOptimizer(Optimizer):
         loss = None if closure is None else self._evaluate(closure)
         learning = {p for p in self._held if p.grad is not None}
         _state.check_gradients(self.param_groups, self.training or self._samples.count > 0)
+        if self._at is not None:
+            self._learned(0)
         if learning and self._finite(learning):
+            self._agreement.check(self._samples.count)
             self._samples.rescale(self.state)
             self._update(learning)
-        self._samples.clear()
+        self._forget()
         self._renew()
         return loss
 
@@ -232,6 +185,8 @@ class PosteriorOptimizer(Optimizer):
             self._samples.cleared = True
         elif not self.training:
             self._samples.clear()
+        if self._averaging:
+            self._averaging.clear()
         super().zero_grad(set_to_none)
 
     @torch.enable_grad()
@@ -241,36 +196,45 @@ class PosteriorOptimizer(Optimizer):
 
     def _update(self, learning: set[Tensor]) -> None:
         several = self._samples.count > 1
-        for b, group in self._each(learning):
-            m = b.read(self._where(b))
-            g = b.read("gradient").to(m.dtype)
-            if several:
-                product = b.read("product")
-            else:
-                product = self._product(b, group, g, self._sample(b, group, m, 0), m)
-            self._learn(b, group, m, g, product)
-            b.write(self._where(b), m)
-            if self._at is None and self._apart(b.dtype):
-                b.write("parameter", self._shown(m))
+        if self._averaging and not several:
+            self._averaging.fill(learning, self.state)
+            several = True
+        for work in self._works(learning):
+            work.update(self, several)
         for p in learning if several else ():
             del self.state[p]["product"]
         self._looked = 0
         for group in self.param_groups:
-            group["step"] += 1
+            group["step"] += self._taken
         if self._at is not None:
-            self._place(self._held, fresh=False)
-        torch.clear_autocast_cache()
+            for work in self._works(self._held - learning):
+                work.place(self, fresh=False)
+        _distributed.drop_copies(self._held)
 
-    def _products(self, parameters: list[Tensor], number: int) -> Iterator[tuple[Piece, Tensor]]:
-        """What a sample says about curvature by the gradients that parameters hold now."""
-        for b, group in self._each(parameters):
-            m = b.read(self._where(b))
-            g = b.read("gradient").to(m.dtype)
-            yield b, self._product(b, group, g, self._sample(b, group, m, number), m)
+    def _add(self, parameters: list[Tensor], number: int, weight: float) -> None:
+        """Note what a sample says about curvature by the gradients that parameters hold now."""
+        if self._averaging:
+            return self._averaging.add(parameters, self.state, weight)
+        for work in self._works(parameters):
+            work.add(self, number, weight)
+
+    def _learned(self, number: int) -> None:
+        """The gradients of the sample that is held are there."""
+        if self._averaging:
+            self._averaging.check(self._held)
+        else:
+            ordered = (p for group in self.param_groups for p in group["params"])
+            self._agreement.note(number, (p for p in ordered if p in self._held))
+
+    def _forget(self) -> None:
+        """Forget the samples since the last step."""
+        self._samples.clear()
+        if self._averaging:
+            self._averaging.clear()
 
     def _finite(self, learning: set[Tensor]) -> bool:
         """Whether all gradients are finite; if not, says so once."""
-        ok = _state.finite(b.read("gradient") for b, _ in self._each(learning))
+        ok = _state.finite(chain.from_iterable(w.signs() for w in self._works(learning)))
         ok = _state.agreed(ok, learning)
         if not (ok or self._warned):
             warnings.warn(_state.NOT_FINITE, RuntimeWarning, stacklevel=4)
@@ -300,23 +264,46 @@ class PosteriorOptimizer(Optimizer):
         self._index = _pieces.index(g["params"] for g in self.param_groups)
         if self._at is not None:
             self._held.update(own)
-            self._place(own, fresh=True)
+            self._place(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """State and options. At rest the mean is the parameter itself and is not saved twice."""
+        """State and options. At rest the mean is the parameter itself and is not saved twice.
+
+        Save at rest, before `train()`, after `eval()` or inside of `mean_params()`: then the model
+        that is saved is the mean. What is saved with a sample has the mean in here. Both continue
+        bit by bit, on any number of processes with `torch.distributed.checkpoint`:
+
+            with optimizer.mean_params():
+                model_state, optimizer_state = get_state_dict(model, optimizer)
+                dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+        """
         own = list(enumerate(p for group in self.param_groups for p in group["params"]))
         spare = {(name, i) for i, _ in own for name in self._transient}
         if self._at is None:
             spare |= {("mean", i) for i, p in own if not self._apart(p.dtype)}
-        return _state.without(super().state_dict(), spare)
+        return _state.saved(super().state_dict(), spare, self._at is not None)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict`, bit by bit. The model loads its own parameters."""
+        """Continue from a `state_dict`, bit by bit. The model loads its own parameters.
+
+        What was saved at rest is at rest: call `train()` again if that is how you train. With
+        `torch.distributed.checkpoint`, from any number of processes, into an optimizer at rest:
+
+            model_state, optimizer_state = get_state_dict(model, optimizer)
+            dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+            set_state_dict(model, optimizer,
+                model_state_dict=model_state, optim_state_dict=optimizer_state)
+
+        Raises:
+            RuntimeError: If it is called inside of a context.
+            ValueError: If the saved model holds a sample and the means are missing.
+        """
         self._outside("load_state_dict()")
+        state_dict = _state.loaded(state_dict)
         super().load_state_dict(state_dict)
         _state.reload(self, state_dict)
-        self._samples.clear()
+        self._forget()
         self._plans.clear()
         self._looked, self._aside = 0, None
         self._at = (TRAINING, 0) if self.training else None
@@ -325,7 +312,7 @@ class PosteriorOptimizer(Optimizer):
         for group, p in own:
             if p in self.state:
                 self._ready(group, p)
-        self._placed = [b for b, _ in self._each(self._held)] if self._at is not None else []
+        self._resume()
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy take along."""
@@ -336,54 +323,48 @@ class PosteriorOptimizer(Optimizer):
         """What is derived is derived again."""
         super().__setstate__(state)
         self._plans = {}
+        if "_agreement" not in self.__dict__:  # a copy, and not a loaded state
+            self._agreement = Agreement()
         self._index = _pieces.index(group["params"] for group in self.param_groups)
-        self._placed = [b for b, _ in self._each(self._held)] if self._at is not None else []
+        self._resume()
 
     # ---- bookkeeping --------------------------------------------------------------------------
 
-    def _plan(self, group: dict[str, Any], chosen: Iterable[Tensor]) -> Plan:
-        """The pieces of the chosen parameters of a group."""
+    def _name(self, group: dict[str, Any], at: tuple[int, int], ahead: int = 0) -> tuple[int, ...]:
+        own = self._rank > 0 and at[0] == TRAINING
+        return super()._name(group, at, ahead) + ((self._rank,) if own else ())
+
+    def _free(self) -> set[Tensor]:
+        """The parameters that are not frozen."""
+        return {p for group in self.param_groups for p in group["params"] if p.requires_grad}
+
+    def _works(self, chosen: Iterable[Tensor]) -> tuple[Work, ...]:
+        """The units of work on the chosen parameters, once they have their states."""
         ids = set(map(id, chosen))
-        members = [p for p in group["params"] if id(p) in ids]
-        key = tuple(map(id, members))
+        members = [[p for p in g["params"] if id(p) in ids] for g in self.param_groups]
+        key = tuple(id(p) for some in members for p in some)
         plan = self._plans.get(key)
         if plan is None or not plan.stands():
-            for p in members:
-                self._ready(group, p)
+            jobs: list[Job] = []
+            for group, some in zip(self.param_groups, members, strict=True):
+                for p in some:
+                    self._ready(group, p)
+                windows = self._windows(group)
+                jobs += [(b, group) for b in _pieces.cut(some, self._index, self.state, windows)]
             if len(self._plans) > 32:
                 self._plans.clear()
-            plan = self._plans[key] = Plan.of(members, self._index, self.state)
-        return plan
+            plan = self._plans[key] = Plan.of([*chain(*members)], self._divide(jobs))
+        return plan.works
 
-    def _each(self, chosen: Iterable[Tensor]) -> Iterator[tuple[Piece, dict[str, Any]]]:
-        """The pieces of the chosen parameters, each with its group."""
-        for group in self.param_groups:
-            for b in self._plan(group, chosen).pieces:
-                yield b, group
+    def _divide(self, jobs: list[Job]) -> list[Work]:
+        """The units in which a back end works on pieces."""
+        return [Eager((job,)) for job in jobs]
 
-    def _noise(self, b: Piece, group: dict[str, Any], stream: int, number: int) -> Tensor:
-        name = (group["seed"], group["step"], stream, number)
-        return b.cut(_noise.normal(b.start, b.stop, name, b.device))
-
-    def _apart(self, dtype: torch.dtype) -> bool:
-        """Whether the mean has its own place also at rest, because 16 bits are too few for it."""
-        return _state.short(dtype)
-
-    def _shown(self, mean: Tensor) -> Tensor:
-        """What a parameter shows of the mean at rest."""
-        return mean
-
-    def _visible(self, sample: Tensor, stream: int) -> Tensor:
-        """What a parameter shows of a sample."""
-        return sample
-
-    def _unshown(self, shown: Tensor, group: dict[str, Any]) -> Tensor:
-        """The mean of a parameter that others have written."""
-        return shown
-
-    def _where(self, b: Piece) -> str:
-        """The name under which the mean is found now."""
-        return "parameter" if self._at is None and not self._apart(b.dtype) else "mean"
+    def _resume(self) -> None:
+        """Know again what holds a sample, after loading."""
+        self._placed = list(self._works(self._held)) if self._at is not None else []
+        for work in self._placed:
+            work.held = True
 
     def _ready(self, group: dict[str, Any], p: Tensor) -> None:
         """Give a parameter its state, or bring the state to where the parameter has moved."""

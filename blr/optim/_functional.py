@@ -93,6 +93,34 @@ def ivon_step_(
     mean.sub_(u.mul_(lr))
 
 
+def ivon_step(
+    mean: Tensor,
+    momentum: Tensor,
+    hess: Tensor,
+    gradient: Tensor,
+    product: Tensor,
+    prior: Prior,
+    *,
+    lr: float | Tensor,
+    rates: tuple[float | Tensor, float | Tensor],
+    ess: float | Tensor,
+    gathered: float | Tensor,
+    clip_radius: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ivon_step_` with new tensors in place of old: m, ḡ and h.
+
+    For compilers, so every number may be a tensor; and in place of β₁ and β₂ come 1 − β₁ and
+    1 − β₂, which in float32 cannot be had from them.
+    """
+    (rho1, rho), delta = rates, prior.delta
+    r = hess - ess * (hess + delta) * product  # h − ĥ
+    new = hess - rho * r + 0.5 * (rho * r) ** 2 / (hess + delta)
+    momentum = momentum + rho1 * (gradient - momentum)
+    u = (momentum / gathered + delta * mean - prior.shift) / (new + delta)
+    u = u.clamp(-clip_radius, clip_radius)  # type: ignore[arg-type,call-overload]
+    return mean - lr * u, momentum, new
+
+
 def vogn_step_(
     mean: Tensor,
     momentum: Tensor,

@@ -34,8 +34,9 @@ class GaussianOptimizer(PosteriorOptimizer):
         """
         mean, precision = {}, {}
         known = {p: name for name, p in _state.names(self.param_groups)}
+        self._works(self._free())
         for group in self.param_groups:
-            for p in self._plan(group, {p for p in group["params"] if p.requires_grad}).parameters:
+            for p in filter(lambda p: p.requires_grad, group["params"]):
                 resting = self._at is None and not self._apart(p.dtype)
                 mean[known[p]] = local(p if resting else self.state[p]["mean"])
                 delta = self.state[p].get("prior_precision", group["ess"] * group["weight_decay"])
@@ -60,13 +61,14 @@ class GaussianOptimizer(PosteriorOptimizer):
         s, lam1 = b.read("prior_precision"), b.read("prior_shift")
         return Prior(s / group["ess"], lam1 / group["ess"])
 
-    def _gathered(self, group: dict[str, Any]) -> float:
-        """1 − β₁ᵗ, the weight that the average of gradients has gathered after this step."""
-        return 1 - group["betas"][0] ** (group["step"] + 1) if group["debias"] else 1.0
-
     @torch.no_grad()
     def _set_prior(self, prior: DiagonalGaussian) -> None:
         for p, lam1, s in _state.priors(prior, self.param_groups):
             like = torch.empty_like(p, dtype=_state.dtype(p), requires_grad=False)
             self.state[p]["prior_shift"] = like.copy_(lam1)
             self.state[p]["prior_precision"] = torch.empty_like(like).copy_(s)
+
+
+def gathered(group: dict[str, Any]) -> float:
+    """1 − β₁ᵗ, the weight that the average of gradients has gathered after this step."""
+    return 1 - group["betas"][0] ** (group["step"] + 1) if group["debias"] else 1.0

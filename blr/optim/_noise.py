@@ -19,6 +19,7 @@ References: Salmon et al. (2011), Parallel random numbers: as easy as 1, 2, 3; B
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -26,6 +27,8 @@ from torch import Tensor
 
 HALF = 512
 BLOCK = 2 * HALF
+REACH = HALF << 24
+"""Elements whose pairs are counted in 32 bits; the count of these reaches is part of the key."""
 
 # cos(πt/2) and sin(πt/2)/t as polynomials of t², to half a digit of float32 for |t| ≤ 1; the sign
 # of the radius adds the other half of the circle. They cost a third of cos and sin.
@@ -41,7 +44,7 @@ def key(*words: int) -> tuple[int, int, int]:
     for word in words:
         state = _scramble(state + word)
     mixed = (_scramble(state + i) for i in (1, 2, 3))
-    return tuple(_signed(x >> 32) for x in mixed)  # type: ignore[return-value]
+    return tuple(signed(x >> 32) for x in mixed)  # type: ignore[return-value]
 
 
 def normal(start: int, stop: int, name: tuple[int, ...], device: torch.device) -> Tensor:
@@ -53,13 +56,13 @@ def normal(start: int, stop: int, name: tuple[int, ...], device: torch.device) -
         name: Integers that say which noise: (seed, step, stream, sample).
         device: Where the noise is wanted.
     """
+    if within := stop % REACH if start // REACH < (stop - 1) // REACH else 0:
+        parts = (start, stop - within), (stop - within, stop)
+        return torch.cat([normal(*part, name, device) for part in parts])
     first, last = start // BLOCK, -(-stop // BLOCK)
-    x = _pairs((last - first) * HALF, device) + _signed(first * HALF)
-    word, angle = (w.float() for w in _words(x, key(*name, first * HALF >> 32)))
-    # A small |word| has a fine resolution, and the tails of ε come from there.
-    radius = word.abs().clamp_(min=0.5).mul_(2.0**-31).log_().mul_(-2).sqrt_().copysign_(word)
-    t = angle.mul_(2.0**-31).view(-1, HALF)
-    u, radius = t * t, radius.view(-1, HALF)
+    x = _pairs((last - first) * HALF, device) + signed(first * HALF)
+    radius, t = polar(x.view(-1, HALF), key(*name, first * HALF >> 32))
+    u = t * t
     noise = torch.empty((last - first, 2, HALF), device=device)
     torch.mul(radius, _polynomial(COS, u), out=noise[:, 0])
     torch.mul(radius, _polynomial(SIN, u).mul_(t), out=noise[:, 1])
@@ -81,13 +84,21 @@ def _scalar(value: float, device: torch.device) -> Tensor:
     return torch.tensor(value, device=device)
 
 
-def _words(x: Tensor, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def polar(x: Tensor, keys: Sequence[int | Tensor]) -> tuple[Tensor, Tensor]:
+    """±√(−2 log u) and t = φ/(π/2) for each counter; overwrites x."""
+    word, angle = (w.float() for w in _words(x, keys))
+    # A small |word| has a fine resolution, and the tails of ε come from there.
+    radius = word.abs().clamp_(min=0.5).mul_(2.0**-31).log_().mul_(-2).sqrt_().copysign_(word)
+    return radius, angle.mul_(2.0**-31)
+
+
+def _words(x: Tensor, keys: Sequence[int | Tensor]) -> tuple[Tensor, Tensor]:
     """Two uniform words for each counter; overwrites x."""
     k0, k1, k2 = keys
-    x = _fold(x.bitwise_xor_(k0), 17).mul_(_signed(0xED5AD4BB))
-    x = _fold(_fold(x, 11).bitwise_xor_(k1).mul_(_signed(0xAC4C1B51)), 15)
+    x = _fold(x.bitwise_xor_(k0), 17).mul_(signed(0xED5AD4BB))
+    x = _fold(_fold(x, 11).bitwise_xor_(k1).mul_(signed(0xAC4C1B51)), 15)
     x = _fold(x.mul_(0x31848BAB), 14)
-    return x, _fold((x ^ k2).mul_(_signed(0x9E3779B1)), 15).mul_(0x2C1B3C6D)
+    return x, _fold((x ^ k2).mul_(signed(0x9E3779B1)), 15).mul_(0x2C1B3C6D)
 
 
 def _fold(x: Tensor, shift: int) -> Tensor:
@@ -108,6 +119,6 @@ def _scramble(x: int) -> int:
     return x ^ x >> 31
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
     """The low 32 bits of x as a signed integer."""
     return ((x & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000

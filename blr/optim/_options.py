@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 
@@ -52,14 +57,36 @@ def check_clipping(options: dict[str, Any]) -> None:
 
 
 def check_device(options: dict[str, Any]) -> None:
-    """Refuse `fused` and `capturable`, which need a kernel for GPUs; the step here is eager.
+    """Check `fused` and `capturable`, and what compiled code needs on the CPU.
 
     Raises:
-        ValueError: If one of them is asked for.
+        TypeError: If `fused` is not True, False or None, or `capturable` not True or False.
+        RuntimeError: If there is nothing to compile with for parameters on the CPU.
     """
-    for name in ("fused", "capturable"):
-        if options[name]:
-            raise ValueError(
-                f"{name}=True needs one kernel for sample and step, got an optimizer whose step is "
-                f"driven from the CPU; leave {name} out"
+    fused = options["fused"]
+    if not (fused is None or isinstance(fused, bool)):
+        raise TypeError(f"fused must be True, False or None, got {fused!r}; leave fused out")
+    if not isinstance(options["capturable"], bool):
+        value = options["capturable"]
+        raise TypeError(f"capturable must be True or False, got {value!r}; leave capturable out")
+    if fused and any(p.device.type == "cpu" for p in options["params"]):
+        check_compiler()
+
+
+def check_compiler() -> None:
+    """Refuse to compile for the CPU where there is nothing to compile with.
+
+    Raises:
+        RuntimeError: If there is no C++ compiler, or no headers of Python.
+    """
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    for what, found, remedy in (
+        (f"the C++ compiler {name}", shutil.which(name), "install it, or set CXX to another"),
+        (f"Python.h, expected in {header.parent}", header.exists(), "install python3-dev"),
+    ):
+        if not found:
+            raise RuntimeError(
+                f"fused=True compiles the step for the CPU, which needs {what}, and there is none; "
+                f"{remedy}, or leave fused out for a step in plain torch"
             )

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WINDOW = {"cpu": 1 << 17}  # elements of a piece: what fits in the cache
+Windows = Mapping[str, int]
+WINDOW = {"cpu": 1 << 17}  # elements of a piece by kind of device: what fits in the cache
 LARGE = 1 << 24  # elsewhere there are no caches to fit, only launches to save
 SMALL = 1 << 15
 
@@ -139,24 +140,8 @@ class Pack(Piece):
         return self._buffers[name]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The pieces of some parameters, and where the parameters were when it was made."""
-
-    parameters: tuple[Tensor, ...]
-    pieces: tuple[Piece, ...]
-    places: tuple[tuple[torch.device, torch.dtype], ...]
-
-    @classmethod
-    def of(cls, parameters: Iterable[Tensor], index: dict[Tensor, int], states: States) -> Plan:
-        """Cut parameters into pieces, given the global index of the first element of each."""
-        chosen = tuple(parameters)
-        pieces = _cut(sorted(chosen, key=index.__getitem__), index, states)
-        return cls(chosen, tuple(pieces), tuple((p.device, p.dtype) for p in chosen))
-
-    def stands(self) -> bool:
-        """Whether no parameter has moved to another device or type."""
-        return self.places == tuple((p.device, p.dtype) for p in self.parameters)
+Job = tuple[Piece, dict[str, Any]]
+"""A piece and the options of its group."""
 
 
 def index(groups: Iterable[Iterable[Tensor]]) -> dict[Tensor, int]:
@@ -219,28 +204,31 @@ def flat(x: Tensor, like: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-def _cut(parameters: list[Tensor], index: dict[Tensor, int], states: States) -> Iterator[Piece]:
+def cut(
+    parameters: Iterable[Tensor],
+    index: dict[Tensor, int],
+    states: States,
+    windows: Windows = WINDOW,
+) -> Iterator[Piece]:
+    """The pieces of parameters, given the global index of the first element of each."""
     packs: dict[tuple[object, ...], list[Tensor]] = {}
-    for p in parameters:
+    for p in sorted(parameters, key=index.__getitem__):
         if p.numel() < SMALL:
-            key = p.device, p.dtype, sharded(p), index[p] // _window(p)
+            key = p.device, p.dtype, sharded(p), index[p] // windows.get(p.device.type, LARGE)
             packs.setdefault(key, []).append(p)
         else:
-            yield from _slices(p, states[p], index[p] + offset(p))
+            window = windows.get(p.device.type, LARGE)
+            yield from _slices(p, states[p], index[p] + offset(p), window)
     for members in packs.values():
         firsts = tuple(index[p] + offset(p) for p in members)
         stop = firsts[-1] + local(members[-1]).numel()
         yield Pack(tuple(members), tuple(states[p] for p in members), firsts[0], stop, firsts)
 
 
-def _slices(p: Tensor, state: dict[str, Any], start: int) -> Iterator[Slice]:
+def _slices(p: Tensor, state: dict[str, Any], start: int, window: int) -> Iterator[Slice]:
     """In equal parts; a tensor with gaps in memory stays whole."""
     size = local(p).numel()
-    parts = -(-size // _window(p)) if dense(local(p)) else 1
+    parts = -(-size // window) if dense(local(p)) else 1
     step = max(1, -(-size // parts)) if parts else 1
     for first in range(0, size, step):
         yield Slice((p,), (state,), start + first, start + min(size, first + step), first)
-
-
-def _window(p: Tensor) -> int:
-    return WINDOW.get(p.device.type, LARGE)

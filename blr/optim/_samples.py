@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 
 from blr.optim import _state
-from blr.optim._pieces import Piece, States, local
+from blr.optim._pieces import States, local
 
-Products = Callable[[list[Tensor], int], Iterable[tuple[Piece, Tensor]]]
-"""The products of sample number k with the gradients that parameters hold, piece by piece."""
+Add = Callable[[list[Tensor], int, float], None]
+"""Adds the products of sample number k with the gradients of parameters, weighted, to "product"."""
+
+BUCKETS = (
+    "gradients are views of the buckets of DDP, which do not show whether this sample began with "
+    "zero_grad or adds to the earlier ones; begin each sample with optimizer.zero_grad(), or leave "
+    "gradient_as_bucket_view out"
+)
 
 
 class Samples:
@@ -34,39 +40,46 @@ class Samples:
         self.cleared = False  # zero_grad() was called inside the context that is open
         self._averaged = 1  # of `count`, those that began with zero_grad
         self._earlier: dict[Tensor, Tensor] = {}  # gradients put aside while a context is open
-        self._probe: tuple[Tensor, Tensor] | None = None
+        self._probe: tuple[Tensor, Tensor, int] | None = None
         self._norms: dict[Tensor, Tensor] = {}  # of the averaged gradients
 
     @torch.no_grad()
-    def begin(self, parameters: Iterable[Tensor], states: States, products: Products) -> None:
+    def begin(self, parameters: Iterable[Tensor], states: States, add: Add) -> None:
         """A context opens: put the gradients of earlier samples aside, and their products."""
         self.cleared = False
         if not self.count:
             return
-        earlier = {p: p.grad for p in parameters if p.grad is not None}
+        # DDP may have made views of its buckets of them, which the next sample would overwrite.
+        earlier = {p: _own(p.grad) for p in parameters if p.grad is not None}
         # Gradients that are gone or overflowed belong to a step that was never taken.
-        if not earlier or not _state.finite(map(local, earlier.values())):
+        if not earlier or not _state.agreed(_state.finite(map(local, earlier.values())), earlier):
             return self.clear()
         if self.count == 1:
             for p in earlier:
                 states[p]["product"] = torch.zeros_like(states[p]["mean"])
-            self._add(products, list(earlier), 1.0)
+            add(list(earlier), 0, 1.0)
         self.rescale(states)
         for p in earlier:
             p.grad = None
         # A gradient of zeros shows whether `backward` adds to it or zero_grad() takes it away.
         probe = min(earlier, key=Tensor.numel)
         probe.grad = torch.zeros_like(earlier[probe])
-        self._probe, self._earlier = (probe, probe.grad), earlier
+        self._probe = probe, probe.grad, probe.grad._version
+        self._earlier = earlier
 
     @torch.no_grad()
-    def end(self, parameters: Iterable[Tensor], states: States, products: Products) -> None:
+    def end(self, parameters: Iterable[Tensor], states: States, add: Add) -> None:
         """The context closes: average its gradients, and their products, with the earlier ones."""
-        self.count += 1
         if self._probe is None:
+            self.count += 1
             return
-        probe, untouched = self._probe
-        self.cleared |= probe.grad is not untouched
+        probe, untouched, version = self._probe
+        replaced = probe.grad is not untouched and untouched._version == version
+        if replaced and not self.cleared and probe.grad is not None and probe.grad._is_view():
+            self.abandon()
+            raise RuntimeError(BUCKETS)
+        self.count += 1
+        self.cleared |= replaced
         n = self._averaged
         old, new = (n / (n + 1), 1 / (n + 1)) if self.cleared else (1.0, 1 / n)
         self._averaged += self.cleared
@@ -77,7 +90,7 @@ class Samples:
                 states[p]["product"].mul_(old)
             else:
                 states[p]["product"] = torch.zeros_like(states[p]["mean"])
-        self._add(products, fresh, new)
+        add(fresh, self.count - 1, new)
         for p in known:
             _average(p, self._earlier.get(p), old, new)
         self._norms = {p: _norm(p) for p in known}
@@ -96,10 +109,6 @@ class Samples:
                 now = self._norms[p] = _norm(p)
                 local(states[p]["product"]).mul_(torch.where(before > 0, now / before, 1.0))
 
-    def _add(self, products: Products, parameters: list[Tensor], weight: float) -> None:
-        for b, product in products(parameters, self.count - 1):
-            b.write("product", b.read("product").add_(product, alpha=weight))
-
 
 def _average(p: Tensor, earlier: Tensor | None, old: float, new: float) -> None:
     """The gradient becomes old·earlier + new·(what it is now)."""
@@ -108,6 +117,10 @@ def _average(p: Tensor, earlier: Tensor | None, old: float, new: float) -> None:
     if earlier is not None:
         earlier.mul_(old)
         p.grad = earlier if p.grad is None else earlier.add_(p.grad)
+
+
+def _own(gradient: Tensor) -> Tensor:
+    return gradient.clone() if gradient._is_view() else gradient
 
 
 def _norm(p: Tensor) -> Tensor:

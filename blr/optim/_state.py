@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from blr.families.gaussian import DiagonalGaussian
-from blr.optim._pieces import sharded
+from blr.optim import _pieces
+from blr.optim._pieces import dense, sharded
 from blr.optim.posterior import NamedGaussian
 
 
@@ -28,8 +29,13 @@ def check(p: Tensor) -> None:
     """Refuse parameters that have no posterior here.
 
     Raises:
-        TypeError: If the parameter is not real.
+        TypeError: If the parameter is not real, or a shard of the first kind of FSDP.
     """
+    if getattr(p, "_fsdp_flattened", False):
+        raise TypeError(
+            "params must be whole tensors or those of fully_shard, got shards of "
+            "FullyShardedDataParallel, which do not know their place; use fully_shard (FSDP2)"
+        )
     if not p.is_floating_point():
         raise TypeError(
             f"params must be real floating-point tensors, got dtype {p.dtype}; "
@@ -89,19 +95,47 @@ def agreed(ok: bool, parameters: Iterable[Tensor]) -> bool:
 
 
 def fit(state: dict[str, Any], p: Tensor) -> None:
-    """Follow a parameter that was moved to another device or float type."""
+    """Follow a parameter that was moved to another device, float type or memory format."""
     for name, value in state.items():
         if isinstance(value, Tensor) and (value.device, value.dtype) != (p.device, dtype(p)):
-            state[name] = value.to(p.device, dtype(p))
+            state[name] = value = value.to(p.device, dtype(p))
+        if isinstance(value, Tensor) and not sharded(p) and value.stride() != p.stride():
+            # Large ones are worked on as they lie; small ones are gathered and keep their layout.
+            if p.numel() >= _pieces.SMALL and dense(p):
+                state[name] = torch.empty_like(p, dtype=dtype(p), requires_grad=False).copy_(value)
 
 
-def without(whole: dict[str, Any], spare: set[tuple[str, int]]) -> dict[str, Any]:
-    """A state_dict without the (name, number of the parameter) that need not be saved."""
+def saved(whole: dict[str, Any], spare: set[tuple[str, int]], held: bool) -> dict[str, Any]:
+    """A state_dict without the (name, number of the parameter) that need not be saved.
+
+    Its option "training" says whether the parameters hold a sample at this moment.
+    """
     state = {
         i: {name: x for name, x in entries.items() if (name, i) not in spare}
         for i, entries in whole["state"].items()
     }
-    return whole | {"state": state}
+    groups = [group | {"training": held} for group in whole["param_groups"]]
+    return whole | {"state": state, "param_groups": groups}
+
+
+def loaded(saved: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict as it was saved; torch.distributed.checkpoint puts {} for what was not.
+
+    Raises:
+        ValueError: If it belongs to a sample and its mean is missing.
+    """
+    state = {
+        i: {name: x for name, x in entries.items() if isinstance(x, Tensor)}
+        for i, entries in saved["state"].items()
+    }
+    training = any(group.get("training", False) for group in saved["param_groups"])
+    if training and not all("mean" in entries for entries in state.values() if entries):
+        raise ValueError(
+            "state_dict was saved while the parameters held a sample, and their means are not in "
+            "it; save inside of `with optimizer.mean_params():`, or call optimizer.train() before "
+            "get_state_dict() makes the place into which the checkpoint is loaded"
+        )
+    return saved | {"state": state}
 
 
 def reload(optimizer: Optimizer, saved: dict[str, Any]) -> None:

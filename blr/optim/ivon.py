@@ -11,14 +11,17 @@ References: Shen et al. (2024), Variational learning is effective for large deep
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blr.families.gaussian import DiagonalGaussian
-from blr.optim import _functional, _options
-from blr.optim._gaussian import GaussianOptimizer
-from blr.optim._pieces import Piece
+from blr.optim import _compiled, _functional, _launch, _options, _state
+from blr.optim._gaussian import GaussianOptimizer, gathered
+from blr.optim._pieces import Job, Piece, Windows
+from blr.optim._work import Work
 
 
 class IVON(GaussianOptimizer):
@@ -40,20 +43,28 @@ class IVON(GaussianOptimizer):
         debias: Divide ḡ by the weight 1 − β₁ᵗ that it has gathered.
         rescale_lr: Multiply α by h₀ + δ, so that `lr` does not depend on them.
         seed: Says which noise, together with step, sample and place.
-        fused: Reserved for a step in one kernel: True is refused, None and False are eager.
-        capturable: Reserved for a step that a CUDA graph can record: True is refused.
+        fused: On a GPU, None and True are one Triton kernel for sample and step. On the CPU, True
+            compiles them, which takes some seconds at first and needs a C++ compiler. False is
+            plain torch, and so are parameters of float64 on a GPU, and None on the CPU.
+        capturable: Whether a CUDA graph can record the step: the number of the step, the check of
+            gradients and everything that follows from them stay on the GPU, and so may `lr`, a
+            tensor there. One sample per step can be recorded; skipped steps are told of later, by
+            `eval` and `state_dict`.
         prior: A Gaussian over all parameters, in place of weight decay; such as the `posterior()`
             of an earlier task.
 
     Raises:
         ValueError: If an option is out of its range, naming it, its value and the remedy.
+        RuntimeError: If there is nothing to compile with what `fused` or `capturable` asks for.
         TypeError: If a parameter is not real, or `prior` is not a Gaussian.
     """
+
+    _skipped: Tensor | None = None  # recorded steps whose gradients were not finite
 
     def __init__(
         self,
         params: Any,
-        lr: float,
+        lr: float | Tensor,
         ess: float,
         hess_init: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.99999),
@@ -74,6 +85,51 @@ class IVON(GaussianOptimizer):
         super()._check(group)
         _options.check_clipping(group)
         _options.check_device(group)
+        _launch.check(group)
+
+    def eval(self) -> None:
+        """Hold the mean from now on."""
+        super().eval()
+        self._report()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State and options, in which the number of steps is an integer, wherever it is counted."""
+        self._report()
+        whole = super().state_dict()
+        for group in whole["param_groups"]:
+            group["step"] = int(group["step"])
+        return whole
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict`, by the means of this optimizer: `fused`, `capturable`.
+
+        A CUDA graph that was recorded before must be recorded again.
+        """
+        own = {name: self.defaults[name] for name in ("fused", "capturable")}
+        groups = [group | own for group in state_dict["param_groups"]]
+        super().load_state_dict(state_dict | {"param_groups": groups})
+
+    def _finite(self, learning: set[Tensor]) -> bool:
+        if not self.defaults["capturable"]:
+            return super()._finite(learning)
+        self._taken = _launch.taken(self._works(learning))
+        if self._skipped is None:
+            self._skipped = torch.zeros_like(self._taken)
+        self._skipped += 1 - self._taken
+        return True
+
+    def _report(self) -> None:
+        """Say once that a recorded step was skipped, when it is asked for what it has done."""
+        if self._skipped is not None and not self._warned and int(self._skipped):
+            self._warned = True
+            warnings.warn(_state.NOT_FINITE, RuntimeWarning, stacklevel=3)
+
+    def _windows(self, group: dict[str, Any]) -> Windows:
+        return _compiled.WINDOW if group["fused"] else super()._windows(group)
+
+    def _divide(self, jobs: list[Job]) -> list[Work]:
+        works, left = _launch.divide(jobs)
+        return works + _compiled.divide(left)
 
     def _product(
         self, b: Piece, group: dict[str, Any], gradient: Tensor, theta: Tensor, mean: Tensor
@@ -90,7 +146,7 @@ class IVON(GaussianOptimizer):
             lr=group["lr"] * scale,
             betas=group["betas"],
             ess=group["ess"],
-            gathered=self._gathered(group),
+            gathered=gathered(group),
             clip_radius=group["clip_radius"],
         )  # fmt: skip
         b.write("momentum", momentum)

@@ -22,7 +22,7 @@ from torch.nn import Module
 
 from blr.families.gaussian import DiagonalGaussian
 from blr.optim import _functional, _options
-from blr.optim._gaussian import GaussianOptimizer
+from blr.optim._gaussian import GaussianOptimizer, gathered
 from blr.optim._pieces import Piece
 
 
@@ -148,7 +148,7 @@ class VOGN(GaussianOptimizer):
             mean, momentum, hess, gradient, product, self._prior(b, group),
             lr=float(group["lr"]),
             betas=group["betas"],
-            gathered=self._gathered(group),
+            gathered=gathered(group),
             damping=group["damping"],
         )  # fmt: skip
         b.write("momentum", momentum)

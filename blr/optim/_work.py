@@ -1,0 +1,172 @@
+"""The work on parameters, in units that a back end does at once: place a sample, rest, update.
+
+    place: m ← θ, θ ← draw(m, ε)     rest: θ ← m     update: m ← learn(m, ĝ, …), θ ← draw(m, ε′)
+
+An optimizer divides its parameters into units (`_divide`). `Eager` is one piece in plain torch, so
+that its numbers stay in the cache; a kernel may take many tensors at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blr.optim._pieces import Job
+from blr.optim._rule import Rule
+
+TRAINING, LOOKING = 0, 1
+"""Streams of noise: samples that are learned from, and samples that are only looked at."""
+
+
+@dataclass
+class Work(ABC):
+    """Pieces, each with its group, that are worked on at once.
+
+    Args:
+        jobs: The pieces and their groups.
+        held: Whether the parameters hold a sample while the mean waits in the state. Set after the
+            mean is safe and before the parameters change, cleared after they are back at the mean,
+            so that an interrupt at any moment can be undone by `rest`.
+    """
+
+    jobs: tuple[Job, ...]
+    held: bool = False
+
+    @abstractmethod
+    def place(self, rule: Rule, fresh: bool) -> None:
+        """Write the sample `rule._at` into the parameters; where `fresh`, they are at the mean."""
+
+    @abstractmethod
+    def rest(self, rule: Rule) -> None:
+        """Write the mean into parameters that are held; leave others as they are."""
+
+    @abstractmethod
+    def update(self, rule: Rule, several: bool) -> None:
+        """Learn from `p.grad` and, of one sample, θ, or of several, the averaged "product".
+
+        If the parameters hold a sample, they get that of the next step.
+        """
+
+    @abstractmethod
+    def add(self, rule: Rule, number: int, weight: float) -> None:
+        """Add the product of training sample `number` with `p.grad`, weighted, to "product"."""
+
+    def signs(self) -> Iterator[Tensor]:
+        """Tensors that are finite if the gradients are."""
+        return (b.read("gradient") for b, _ in self.jobs)
+
+
+@dataclass
+class Eager(Work):
+    """One piece, in plain torch."""
+
+    def place(self, rule: Rule, fresh: bool) -> None:
+        """See `Work`."""
+        ((b, _),) = self.jobs
+        if fresh:
+            b.write("mean", self._resting(rule))
+            self.held = True
+        self._show(rule, b.read("mean"))
+
+    def rest(self, rule: Rule) -> None:
+        """Swap mean and sample: the sample is kept aside, in case that a step learns from it."""
+        ((b, _),) = self.jobs
+        if self.held:
+            theta = b.read("parameter").clone()
+            b.write("parameter", rule._shown(b.read("mean")))
+            self.held = False
+            if not rule._apart(b.dtype):
+                b.write("mean", theta)
+
+    def update(self, rule: Rule, several: bool) -> None:
+        """See `Work`."""
+        ((b, group),) = self.jobs
+        where = self._where(rule)
+        m = b.read(where)
+        g = b.read("gradient").to(m.dtype)
+        product = b.read("product") if several else self._product(rule, m, g, 0)
+        rule._learn(b, group, m, g, product)
+        b.write(where, m)
+        self._follow(rule, m)
+
+    def add(self, rule: Rule, number: int, weight: float) -> None:
+        """See `Work`."""
+        ((b, _),) = self.jobs
+        m = b.read(self._where(rule))
+        product = self._product(rule, m, b.read("gradient").to(m.dtype), number)
+        b.write("product", b.read("product").add_(product, alpha=weight))
+
+    def _follow(self, rule: Rule, mean: Tensor) -> None:
+        """After a step, show in the parameter what it holds now."""
+        ((b, _),) = self.jobs
+        if rule._at is not None:
+            self._show(rule, mean, ahead=1)
+        elif rule._apart(b.dtype):
+            b.write("parameter", rule._shown(mean))
+
+    def _show(self, rule: Rule, mean: Tensor, ahead: int = 0) -> None:
+        ((b, _),) = self.jobs
+        assert rule._at is not None
+        theta = self._made(rule, mean, rule._at, ahead)
+        b.write("parameter", rule._visible(theta, rule._at[0]))
+
+    def _made(self, rule: Rule, mean: Tensor, at: tuple[int, int], ahead: int = 0) -> Tensor:
+        """θ of the sample `at`, so many steps ahead."""
+        ((b, group),) = self.jobs
+        return rule._draw(b, group, mean, rule._noise(b, group, at, ahead))
+
+    def _resting(self, rule: Rule) -> Tensor:
+        """The mean of parameters at rest, which may have been changed by others since."""
+        ((b, group),) = self.jobs
+        shown = b.read("parameter")
+        if not rule._apart(b.dtype):
+            return shown
+        kept = b.read("mean")
+        same = rule._shown(kept).to(shown.dtype) == shown
+        return torch.where(same, kept, rule._unshown(shown.to(kept.dtype), group))
+
+    def _product(self, rule: Rule, mean: Tensor, gradient: Tensor, number: int) -> Tensor:
+        ((b, group),) = self.jobs
+        return rule._product(b, group, gradient, self._sample(rule, mean, number), mean)
+
+    def _sample(self, rule: Rule, mean: Tensor, number: int) -> Tensor:
+        """θ of a training sample: where it is now, where it is kept aside, or made again."""
+        ((b, _),) = self.jobs
+        at = (TRAINING, number)
+        if not rule._apart(b.dtype):
+            if rule._at == at:
+                return b.read("parameter")
+            if rule._aside == at:
+                return b.read("mean")
+        return self._made(rule, mean, at)
+
+    def _where(self, rule: Rule) -> str:
+        """The name under which the mean is found now."""
+        ((b, _),) = self.jobs
+        return "parameter" if rule._at is None and not rule._apart(b.dtype) else "mean"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work on some parameters, and where they were when it was divided."""
+
+    parameters: tuple[Tensor, ...]
+    works: tuple[Work, ...]
+    places: tuple[tuple[object, ...], ...]
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor], works: Sequence[Work]) -> Plan:
+        """A plan that stands now."""
+        return cls(tuple(parameters), tuple(works), _places(parameters))
+
+    def stands(self) -> bool:
+        """Whether no parameter has moved to another device, type or memory format."""
+        return self.places == _places(self.parameters)
+
+
+def _places(parameters: Sequence[Tensor]) -> tuple[tuple[object, ...], ...]:
+    return tuple((p.device, p.dtype, p.stride()) for p in parameters)
