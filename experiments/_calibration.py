@@ -1,0 +1,197 @@
+"""The tasks of `calibration.py`: images, networks, and how long to train.
+
+FashionMNIST, and the digits of 8×8 pixels in four versions: clean, with random labels, with few
+examples, and without two of the classes. Order and noise are the same in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from _common import generator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blr import data
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images, and how long to train on them.
+
+    Args:
+        train: Inputs and classes that are learned from, N of them.
+        validation: Those that choose configurations and temperatures.
+        test: Those that are reported.
+        network: Makes the network.
+        batch: Size of a minibatch.
+        epochs: Passes through the training examples.
+        long: Passes of the long training; 0 for none.
+        outside: Inputs that are of no class, by name.
+        like: The task whose configurations are taken over; its own are chosen if missing.
+        seeds: Number of test runs of each method.
+        long_seeds: Number of long runs of each method.
+        samples: Samples of the posterior in a test.
+    """
+
+    train: Pair
+    validation: Pair
+    test: Pair
+    network: Callable[[], nn.Module]
+    batch: int
+    epochs: int
+    long: int = 0
+    outside: dict[str, Tensor] = field(default_factory=dict)
+    like: str = ""
+    seeds: int = 3
+    long_seeds: int = 1
+    samples: int = 32
+
+    def summary(self) -> dict[str, Any]:
+        """What a table should say about it."""
+        sizes = {name: len(getattr(self, name)[1]) for name in ("train", "validation", "test")}
+        outside = {name: len(X) for name, X in self.outside.items()}
+        model = self.network()
+        return {
+            **sizes, "outside": outside, "batch": self.batch, "epochs": self.epochs,
+            "long": self.long, "seeds": self.seeds, "long_seeds": self.long_seeds,
+            "samples": self.samples, "like": self.like,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "network": ", ".join(str(layer) for layer in model.children()),
+        }  # fmt: skip
+
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes its runs from those of other tasks."""
+        numbers = ("seeds", "long", "long_seeds", "like")
+        return {name: x for name, x in self.summary().items() if name not in numbers}
+
+
+def convolutional() -> nn.Module:
+    """Two convolutions and a hidden layer, for 28×28 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(16 * 49, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+def perceptron() -> nn.Module:
+    """Two hidden layers of 256 units, for 8×8 pixels."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
+        nn.Linear(256, 10),
+    )  # fmt: skip
+
+
+def digits_data() -> Pair:
+    """All digits in one random order; values between 0 and 1, shape (N, 1, 8, 8)."""
+    digits = data.load("digits")
+    order = torch.randperm(len(digits.X), generator=generator(0))
+    X = torch.as_tensor(digits.X)[order].float() / 16
+    return X.reshape(-1, 1, 8, 8), torch.as_tensor(digits.y)[order]
+
+
+def fashion_data() -> tuple[Pair, Pair]:
+    """Training images in one random order, and test images; values between 0 and 1."""
+    pairs = []
+    for name in ("fashion_mnist", "fashion_mnist_test"):
+        images = data.load(name)
+        X = torch.as_tensor(images.X).float().unsqueeze(1) / 255
+        pairs.append((X, torch.as_tensor(images.y)))
+    X, y = pairs[0]
+    order = torch.randperm(len(y), generator=generator(0))
+    return (X[order], y[order]), pairs[1]
+
+
+def fashion(num_train: int, num_validation: int = 1500, num_test: int = 5000) -> Task:
+    """FashionMNIST; outside are digits enlarged to 28×28, and test images lying on their side."""
+    (X, y), (X_test, y_test) = fashion_data()
+    digits, _ = digits_data()
+    large = F.interpolate(digits, size=20, mode="bilinear", align_corners=False)
+    outside = {
+        "digits": F.pad(large[:1000], (4, 4, 4, 4)),
+        "rotated": X_test[-1000:].rot90(1, (2, 3)),
+    }
+    # Weights are drawn for inputs of mean 0 and variance 1.
+    mean, std = X[:num_train].mean(), X[:num_train].std()
+    X, X_test = (X - mean) / std, (X_test - mean) / std
+    n, m = num_train, num_train + num_validation
+    return Task(
+        (X[:n], y[:n]), (X[n:m], y[n:m]), (X_test[:num_test], y_test[:num_test]), convolutional,
+        100, 15, 45,
+        {name: (x - mean) / std for name, x in outside.items()},
+    )  # fmt: skip
+
+
+def digits() -> Task:
+    """Digits; outside are clothes reduced to 8×8 pixels, and digits lying on their side."""
+    X, y = digits_data()
+    clothes = F.interpolate(fashion_data()[1][0][:2000], size=8, mode="area")
+    outside = {"clothes": clothes, "rotated": X[:540].rot90(1, (2, 3))}
+    return Task(
+        (X[540:1540], y[540:1540]), (X[1540:], y[1540:]), (X[:540], y[:540]), perceptron, 50, 100,
+        outside=outside, seeds=5, samples=64,
+    )  # fmt: skip
+
+
+def noisy(task: Task) -> Task:
+    """A fifth of the labels drawn at random, in training and validation but not in the test."""
+
+    def spoil(pair: Pair, place: int) -> Pair:
+        X, y = pair
+        chosen = torch.rand(len(y), generator=generator(1, place)) < 0.2
+        return X, torch.where(chosen, torch.randint(10, y.shape, generator=generator(2, place)), y)
+
+    train, validation = spoil(task.train, 0), spoil(task.validation, 1)
+    return replace(task, train=train, validation=validation, epochs=50, outside={}, seeds=3)
+
+
+def few(task: Task, num_train: int = 200) -> Task:
+    """The first examples only, for 1000 steps."""
+    X, y = task.train
+    return replace(task, train=(X[:num_train], y[:num_train]), epochs=250, outside={}, seeds=3)
+
+
+def unseen(task: Task) -> Task:
+    """Trained and tested on zeros to sevens; outside are the eights and nines of the test."""
+
+    def known(pair: Pair) -> Pair:
+        X, y = pair
+        return X[y < 8], y[y < 8]
+
+    outside = {"eights and nines": task.test[0][task.test[1] >= 8]}
+    train, validation, test = map(known, (task.train, task.validation, task.test))
+    return replace(
+        task, train=train, validation=validation, test=test, outside=outside, seeds=3, like="digits"
+    )
+
+
+def make_tasks(num_train: int) -> dict[str, Task]:
+    """All tasks by name."""
+    clean = digits()
+    return {
+        "digits": clean,
+        "fashion": fashion(num_train),
+        "digits, random labels": noisy(clean),
+        "digits, 200 examples": few(clean),
+        "digits, unseen classes": unseen(clean),
+    }
+
+
+def shortened(task: Task) -> Task:
+    """The same with so little of everything that it runs in seconds."""
+
+    def first(pair: Pair, n: int) -> Pair:
+        return pair[0][:n], pair[1][:n]
+
+    return replace(
+        task, train=first(task.train, 200), validation=first(task.validation, 100),
+        test=first(task.test, 100), epochs=2, seeds=2, samples=2,
+        long=3 if task.long else 0, long_seeds=1,
+        outside={name: x[:50] for name, x in task.outside.items()},
+    )  # fmt: skip
