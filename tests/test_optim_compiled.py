@@ -71,7 +71,7 @@ def compiled_noise(start: int, stop: int, name: tuple[int, ...], device: torch.d
 # ---- the same numbers ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", [0, 1, 511, 1023, 70_001, (1 << 33) - 1025, 5 << 33])
+@pytest.mark.parametrize("first", [0, 1, 511, 1023, 70_001, (1 << 33) - 50_001, 5 << 33])
 def test_compiled_noise_is_that_of_plain_torch_to_the_last_digits(first):
     for size in (2, 17, 1000, 40_960):
         expected = _noise.normal(first, first + size, (5, 7, 0, 1), CPU)
