@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 Windows = Mapping[str, int]
-WINDOW = {"cpu": 1 << 17}  # elements of a piece by kind of device: what fits in the cache
+WINDOW = {"cpu": 1 << 18}  # elements of a piece by kind of device: what fits in the cache
 LARGE = 1 << 24  # elsewhere there are no caches to fit, only launches to save
 SMALL = 1 << 15
 
