@@ -62,6 +62,7 @@ def test_unseen_classes_are_only_outside(clean):
     assert all(getattr(task, n)[1].max() == 7 for n in ("train", "validation", "test"))
     (outside,) = task.outside.values()
     assert rows(outside) == rows(clean.test[0][clean.test[1] >= 8])
+    assert rows(outside, task.test[0]) == rows(clean.test[0])
 
 
 def test_each_optimizer_has_as_many_configurations():
