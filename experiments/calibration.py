@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _calibration import Task, make_tasks, shortened
-from _common import generator, mean_and_error, provenance, set_lr, warmup_cosine, write_json
+from _calibration import Task, generator, make_tasks, shortened
+from _common import mean_and_error, provenance, set_lr, warmup_cosine, write_json
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -9,8 +9,11 @@ left out silently where everything must run.
 """
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -47,6 +50,23 @@ def needs() -> Callable[[object, str], None]:
         pytest.skip(remedy)
 
     return needs
+
+
+@pytest.fixture(scope="session")
+def chromium(needs: Callable[[object, str], None]) -> Iterator[Any]:
+    """A real browser; one for all tests of a process, since two would stand in each other's way."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
+    needs(found, "install a browser: apt install chromium")
+    needs(find_spec("playwright"), "pip install playwright")
+    from playwright.sync_api import sync_playwright
+
+    quiet = "--disable-background-networking --disable-component-update --disable-sync"
+    arguments = f"--no-sandbox --disable-gpu --no-first-run {quiet}".split()
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=arguments)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

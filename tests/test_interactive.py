@@ -1,9 +1,7 @@
 """The interactive figures compute what the library computes, for mouse, touch and keyboard."""
 
 import json
-import os
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -20,26 +18,15 @@ HEAD = '<!doctype html><meta charset="utf-8"><meta name="viewport" content="widt
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 
-@pytest.fixture(scope="module")
-def browser(needs):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    needs(os.path.exists(chromium), "install Chromium: apt install chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def show(browser, tmp_path):
+def show(chromium, tmp_path):
     """`show(figure)`: a page with the figures, opened from a file; errors on it fail the test."""
     opened, errors = [], []
 
     def show(*figures, viewport=DESK, **options):
         page_file = tmp_path / "page.html"
         page_file.write_text(HEAD + "\n".join(f.html for f in figures), encoding="utf-8")
-        context = browser.new_context(viewport=viewport, **options)
+        context = chromium.new_context(viewport=viewport, **options)
         opened.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))

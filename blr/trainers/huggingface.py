@@ -35,8 +35,8 @@ class PosteriorCallback(TrainerCallback):
     """Between the steps of a `Trainer` the model is the mean, and only the mean is saved.
 
     Pass the optimizer as `Trainer(optimizers=(optimizer, scheduler))`, or its class and options as
-    `Trainer(optimizer_cls_and_kwargs=(blr.IVON, {"lr": …, "ess": …}))`. The loss of a language
-    model is a mean over tokens, and `ess` their number.
+    `optimizer_cls_and_kwargs`. The loss of a language model is a mean over tokens, and `ess` their
+    number.
 
     Raises:
         TypeError: At the start of training, if the optimizer has no posterior.

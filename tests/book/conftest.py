@@ -1,6 +1,5 @@
 """What the tests of the book share: its tools, its pages, and a browser without a network."""
 
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -63,22 +62,6 @@ def address(site: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="session")
-def chromium(needs: Needs) -> Iterator[Any]:
-    """A real browser."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next(filter(None, map(shutil.which, names)), None)
-    needs(found, "install a browser: apt install chromium")
-    from playwright.sync_api import sync_playwright
-
-    quiet = "--disable-background-networking --disable-component-update --disable-sync"
-    arguments = f"--no-sandbox --disable-gpu --no-first-run {quiet}".split()
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
