@@ -10,24 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
+from _common import generator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blr import data
 
 Pair = tuple[Tensor, Tensor]
-
-
-def generator(*place: int) -> torch.Generator:
-    """Random numbers of a place, those of `book/results/calibration.json`.
-
-    Not `_common.generator`, which came later and gives other numbers. Zeros at the end do not count
-    here: (1,) and (1, 0) are one place.
-    """
-    mixed = np.random.SeedSequence(place).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,7 @@ class Task:
     outside: dict[str, Tensor] = field(default_factory=dict)
     like: str = ""
     seeds: int = 3
-    long_seeds: int = 1
+    long_seeds: int = 3
     samples: int = 32
 
     def summary(self) -> dict[str, Any]:
@@ -145,7 +135,7 @@ def digits() -> Task:
     outside = {"clothes": clothes, "rotated": X[:540].rot90(1, (2, 3))}
     return Task(
         (X[540:1540], y[540:1540]), (X[1540:], y[1540:]), (X[:540], y[:540]), perceptron, 50, 100,
-        outside=outside, seeds=5, samples=64,
+        300, outside=outside, seeds=5, samples=64,
     )  # fmt: skip
 
 
@@ -158,13 +148,17 @@ def noisy(task: Task) -> Task:
         return X, torch.where(chosen, torch.randint(10, y.shape, generator=generator(2, place)), y)
 
     train, validation = spoil(task.train, 0), spoil(task.validation, 1)
-    return replace(task, train=train, validation=validation, epochs=50, outside={}, seeds=3)
+    return replace(
+        task, train=train, validation=validation, epochs=50, long=150, outside={}, seeds=3
+    )
 
 
 def few(task: Task, num_train: int = 200) -> Task:
     """The first examples only, for 1000 steps."""
     X, y = task.train
-    return replace(task, train=(X[:num_train], y[:num_train]), epochs=250, outside={}, seeds=3)
+    return replace(
+        task, train=(X[:num_train], y[:num_train]), epochs=250, long=0, outside={}, seeds=3
+    )
 
 
 def unseen(task: Task) -> Task:
@@ -177,8 +171,9 @@ def unseen(task: Task) -> Task:
     outside = {"eights and nines": task.test[0][task.test[1] >= 8]}
     train, validation, test = map(known, (task.train, task.validation, task.test))
     return replace(
-        task, train=train, validation=validation, test=test, outside=outside, seeds=3, like="digits"
-    )
+        task, train=train, validation=validation, test=test, long=0, outside=outside, seeds=3,
+        like="digits",
+    )  # fmt: skip
 
 
 def make_tasks(num_train: int) -> dict[str, Task]:

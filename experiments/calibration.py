@@ -1,12 +1,14 @@
 """Does averaging over a posterior calibrate a network? AdamW, SGD and IVON at equal epochs.
 
-    python experiments/calibration.py            # half an hour on one core; writes the results
+    python experiments/calibration.py            # an hour and a half on one core
     python experiments/calibration.py --quick --work DIR --out FILE     # seconds: does it run?
 
-Each optimizer gets the same number of configurations, and the one with the lowest log loss on
-a validation set, with seed 0. It is then trained anew with other seeds, and these runs are tested.
-IVON is read twice, at the mean and averaged over samples, each with its own choice. What a run
-has found is kept in the folder `--work`, so a second call goes on where the first one ended.
+Each optimizer gets the same number of configurations, six learning rates times six ways of holding
+back, and keeps the one with the lowest log loss on a validation set, with seed 0. It is then
+trained anew with other seeds, and these runs are tested. IVON is read twice, at the mean and
+averaged over samples, each with its own choice. Long trainings are run as they were chosen for the
+short one, and again with the way of holding back chosen for the long one. What a run has found is
+kept in the folder `--work`, so a second call goes on where the first one ended.
 
 The tasks are FashionMNIST, five thousand images of it and a small convolutional network, and the
 digits of 8×8 pixels with a network of two hidden layers: clean, with a fifth of the labels random,
@@ -25,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _calibration import Task, generator, make_tasks, shortened
-from _common import mean_and_error, provenance, set_lr, warmup_cosine, write_json
+from _calibration import Task, make_tasks, shortened
+from _common import generator, mean_and_error, provenance, set_lr, warmup_cosine, write_json
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,21 +43,22 @@ METHODS = {  # name: optimizer, way of reading it
     "IVON, mean": ("ivon", "mean"),
     "IVON, averaged": ("ivon", "averaged"),
 }
-GRIDS: dict[str, dict[str, list[float]]] = {  # twelve configurations for each optimizer
-    "adamw": {"lr": [1e-3, 3e-3, 1e-2], "weight_decay": [0.03, 0.1, 0.3, 1.0]},
-    "sgd": {"lr": [0.03, 0.1, 0.3], "weight_decay": [1e-4, 1e-3, 3e-3, 1e-2]},
+GRIDS: dict[str, dict[str, list[float]]] = {  # thirty-six configurations for each optimizer
+    "adamw": {
+        "lr": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1],
+        "weight_decay": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+    },
+    "sgd": {
+        "lr": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+        "weight_decay": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
+    },
     "ivon": {
-        "lr": [0.3, 1.0, 3.0],
-        "prior_precision": [1.0, 10.0],  # N times weight_decay
-        "initial_precision": [1e3, 1e4],  # N times hess_init
+        "lr": [0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
+        "prior_precision": [1.0, 30.0],  # N times weight_decay
+        "initial_precision": [300.0, 3e3, 3e4],  # N times hess_init
     },
 }
 FIXED = {"sgd": {"momentum": 0.9}, "adamw": {}, "ivon": {"betas": (0.9, 0.9999)}}
-STRONGEST = {  # what holds back most in each grid
-    "adamw": {"weight_decay": 1.0},
-    "sgd": {"weight_decay": 1e-2},
-    "ivon": {"prior_precision": 10.0, "initial_precision": 1e3},
-}
 WARMUP = 0.05
 """Share of the steps in which the learning rate rises; then it falls along a cosine."""
 
@@ -169,9 +172,9 @@ def bins(log_p: Tensor, y: Tensor) -> dict[str, list[float]]:
     return {"count": r.count.tolist(), "confidence": confidence, "accuracy": accuracy}
 
 
-def tune(task: Task, name: str, options: dict[str, float]) -> dict[str, Any]:
+def tune(task: Task, name: str, options: dict[str, float], epochs: int) -> dict[str, Any]:
     """Scores on the validation set, with seed 0."""
-    *_, (_, model, optimizer) = training(task, name, options, 0, task.epochs)
+    *_, (_, model, optimizer) = training(task, name, options, 0, epochs)
     X, y = task.validation
     samples, found = min(16, task.samples), {}
     for how in ways(name):
@@ -259,27 +262,30 @@ class Runs:
         return found["result"]
 
 
-def configurations(name: str, limit: int | None) -> list[dict[str, float]]:
-    """All configurations of an optimizer, or the first few."""
-    grid = GRIDS[name]
-    every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    return every[:limit]
+Options = dict[str, float]
 
 
-def choose(runs: Runs, task: Task, label: str, limit: int | None) -> dict[str, Any]:
-    """For each method the configuration with the lowest log loss on the validation set."""
-    tried = {
-        name: [(c, runs(tune, task, label, name, c)) for c in configurations(name, limit)]
-        for name in GRIDS
-    }
+def configurations(name: str, **given: float) -> list[Options]:
+    """All configurations of an optimizer that have the options given."""
+    grid = GRIDS[name] | {option: [value] for option, value in given.items()}
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def choose(
+    runs: Runs, task: Task, label: str, candidates: Mapping[str, list[Options]], epochs: int
+) -> dict[str, Any]:
+    """For each method the candidate with the lowest log loss on the validation set."""
     chosen = {}
     for method, (name, how) in METHODS.items():
-        losses = [(c, result[how]["nll"]) for c, result in tried[name]]
-        best, nll = min(losses, key=lambda pair: pair[1])
-        grid = {option: values for option, values in GRIDS[name].items() if len(values) > 2}
-        edge = [o for o, values in grid.items() if best[o] in (min(values), max(values))]
-        every = [{**c, "nll": loss} for c, loss in losses]
-        chosen[method] = {"options": best, "nll": nll, "edge": edge, "tried": every}
+        every = [
+            {**c, "nll": runs(tune, task, label, name, c, epochs)[how]["nll"]}
+            for c in candidates[method]
+        ]
+        best = min(every, key=lambda c: c["nll"])
+        options = {option: best[option] for option in GRIDS[name]}
+        grid = {option: {c[option] for c in every} for option in options}
+        edge = [o for o, x in grid.items() if len(x) > 1 and best[o] in (min(x), max(x))]
+        chosen[method] = {"options": options, "nll": best["nll"], "edge": edge, "tried": every}
     return chosen
 
 
@@ -329,15 +335,28 @@ def example(runs: Runs, task: Task, label: str, chosen: dict[str, Any]) -> dict[
     return result
 
 
-def long_training(runs: Runs, task: Task, label: str, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Curves of every method with its choice, over seeds 1, 2 and so on."""
-    curves: dict[str, Any] = {method: [] for method in METHODS}
-    for seed in range(1, task.long_seeds + 1):
-        for method, (name, how) in METHODS.items():
-            options = chosen[method]["options"]
-            found = runs(follow, task, label, name, options, seed, task.long)
-            curves[method].append(found[how])
-    return curves
+def long_training(
+    runs: Runs, task: Task, label: str, short: dict[str, Any], limit: int | None
+) -> dict[str, Any]:
+    """Curves of every method, with its choice for the short training and with one for this.
+
+    The learning rate stays; ways of holding back are chosen among all six.
+    """
+    candidates = {
+        method: configurations(name, lr=short[method]["options"]["lr"])[:limit]
+        for method, (name, _) in METHODS.items()
+    }
+    tuned = choose(runs, task, label, candidates, task.long)
+    found: dict[str, Any] = {"chosen": tuned}
+    for which, chosen in (("same", short), ("tuned", tuned)):
+        found[which] = {
+            method: [
+                runs(follow, task, label, name, chosen[method]["options"], seed, task.long)[how]
+                for seed in range(1, task.long_seeds + 1)
+            ]
+            for method, (name, how) in METHODS.items()
+        }
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -353,29 +372,21 @@ def main(argv: list[str] | None = None) -> None:
     tasks = make_tasks(options.train)
     if options.quick:
         tasks = {label: shortened(task) for label, task in tasks.items()}
+    candidates = {method: configurations(name)[:limit] for method, (name, _) in METHODS.items()}
     result: dict[str, Any] = {}
     for label, task in tasks.items():
-        chosen = result[task.like]["chosen"] if task.like else choose(runs, task, label, limit)
+        chosen = (
+            result[task.like]["chosen"]
+            if task.like
+            else choose(runs, task, label, candidates, task.epochs)
+        )
         table = compare(runs, task, label, chosen)
         result[label] = {"task": task.summary(), "chosen": chosen, "methods": table}
         if task.long:
-            result[label]["long"] = long_training(runs, task, label, chosen)
+            result[label]["long"] = long_training(runs, task, label, chosen, limit)
         if label == "fashion":
             result[label]["mistakes"] = example(runs, task, label, chosen)
-    for label, task in tasks.items():
-        if task.long:
-            held_back = {
-                method: {"options": found["options"] | STRONGEST[METHODS[method][0]]}
-                for method, found in result[label]["chosen"].items()
-            }
-            result[label]["long, held back"] = long_training(runs, task, label, held_back)
-    settings = {
-        "grids": GRIDS,
-        "fixed": FIXED,
-        "strongest": STRONGEST,
-        "bins": BINS,
-        "warmup": WARMUP,
-    }
+    settings = {"grids": GRIDS, "fixed": FIXED, "bins": BINS, "warmup": WARMUP}
     about = provenance({**vars(options), **settings}, seed="0 to choose, 1 and on to test")
     spent = {"runs": runs.done, "seconds": round(runs.seconds)}
     write_json(options.out, {**about, "spent": spent, "tasks": result})
