@@ -6,8 +6,8 @@ Parameters are the model's own tensors throughout: they are written, never repla
 memory formats and saving stay what they are. They rest at the mean; in a context, or between
 `train()` and `eval()`, they hold a sample, and the mean waits in the state. What a sample teaches
 is read off `p.grad` at the step, so whatever scales, clips or averages gradients before does the
-same to the curvature. The equations are an optimizer's own (`_rule`), the tensors are written by
-`_work`; here is when.
+same to the curvature. The equations are an optimizer's own (`_equations`), the tensors are written
+by `_work`; here is when.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from blr.optim import _distributed, _pieces, _state
 from blr.optim._distributed import Agreement, Averaging
+from blr.optim._equations import Equations
 from blr.optim._pieces import Job, local
-from blr.optim._rule import Rule
 from blr.optim._samples import Samples
 from blr.optim._work import LOOKING, TRAINING, Eager, Plan, Work
 
 
-class PosteriorOptimizer(Rule):
+class PosteriorOptimizer(Equations):
     """An optimizer whose state is a posterior over the parameters."""
 
     _averaging: Averaging | None = None  # of products over ranks that have noise of their own

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from blr.optim import _functional, _noise
+from blr.optim._equations import Equations
 from blr.optim._functional import Prior
 from blr.optim._gaussian import gathered
 from blr.optim._noise import BLOCK, HALF
 from blr.optim._pieces import Job, Piece
-from blr.optim._rule import Rule
 from blr.optim._work import Eager, Work
 
 WINDOW = {"cpu": 1 << 19}
@@ -36,39 +36,39 @@ WINDOW = {"cpu": 1 << 19}
 class Compiled(Eager):
     """One piece, in compiled code; what is rare is as in plain torch."""
 
-    def update(self, rule: Rule, several: bool) -> None:
+    def update(self, opt: Equations, several: bool) -> None:
         """See `Work`."""
         ((b, group),) = self.jobs
-        where, numbers = self._where(rule), _numbers(b, group)
+        where, numbers = self._where(opt), _numbers(b, group)
         mean, *state = (b.read(name) for name in (where, "momentum", "hess"))
         state = mean, *state, b.read("gradient").to(mean.dtype)
-        at = None if several or rule._apart(b.dtype) else rule._at
+        at = None if several or opt._apart(b.dtype) else opt._at
         if at is not None:
             theta = b.read("parameter")
-            _run(renew_, theta, *state, numbers, *_key(b, rule._name(group, at, ahead=1)))
+            _run(renew_, theta, *state, numbers, *_key(b, opt._name(group, at, ahead=1)))
             self._write("parameter", theta)
         elif several:
             _run(learn_from_, *state, b.read("product"), numbers)
         else:
-            _run(learn_, *state, self._sample(rule, mean, 0), numbers)
+            _run(learn_, *state, self._sample(opt, mean, 0), numbers)
         for name, value in zip((where, "momentum", "hess"), state, strict=False):
             self._write(name, value)
         if at is None:
-            self._follow(rule, mean)
+            self._follow(opt, mean)
 
-    def _show(self, rule: Rule, mean: Tensor, ahead: int = 0) -> None:
+    def _show(self, opt: Equations, mean: Tensor, ahead: int = 0) -> None:
         ((b, _),) = self.jobs
-        assert rule._at is not None
-        out = torch.empty_like(mean) if rule._apart(b.dtype) else b.read("parameter")
-        self._write("parameter", self._made(rule, mean, rule._at, ahead, out))
+        assert opt._at is not None
+        out = torch.empty_like(mean) if opt._apart(b.dtype) else b.read("parameter")
+        self._write("parameter", self._made(opt, mean, opt._at, ahead, out))
 
     def _made(
-        self, rule: Rule, mean: Tensor, at: tuple[int, int], ahead: int = 0,
+        self, opt: Equations, mean: Tensor, at: tuple[int, int], ahead: int = 0,
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         ((b, group),) = self.jobs
         out = torch.empty_like(mean) if out is None else out
-        key = _key(b, rule._name(group, at, ahead))
+        key = _key(b, opt._name(group, at, ahead))
         _run(draw_, out, mean, b.read("hess"), _numbers(b, group), *key)
         return out
 

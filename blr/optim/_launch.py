@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from blr.optim import _noise
+from blr.optim._equations import Equations
 from blr.optim._gaussian import gathered
 from blr.optim._pieces import Job, Piece, dense, local, sharded
-from blr.optim._rule import Rule
 from blr.optim._table import Batch, batches
 from blr.optim._work import TRAINING, Work
 
@@ -125,35 +125,35 @@ class Fused(Work):
 
     known: dict[bool, list[Batch]] = field(default_factory=dict)
 
-    def place(self, rule: Rule, fresh: bool) -> None:
+    def place(self, opt: Equations, fresh: bool) -> None:
         """See `Work`. The mean is saved by the launch that needs its place, if it runs at all."""
         if fresh:
             for batch in self._batches(gradients=False):
                 if batch.mark is None:
                     batch.mark = torch.zeros((), dtype=torch.int32, device=self.device)
             self.held = True
-        self._run(rule, held=not fresh, sample=True)
+        self._run(opt, held=not fresh, sample=True)
 
-    def rest(self, rule: Rule) -> None:
+    def rest(self, opt: Equations) -> None:
         """See `Work`."""
         if self.held:
-            self._run(rule, held=True)
+            self._run(opt, held=True)
             for batch in self._batches(gradients=False):
                 if batch.mark is not None:
                     batch.mark.zero_()
             self.held = False
 
-    def update(self, rule: Rule, several: bool) -> None:
+    def update(self, opt: Equations, several: bool) -> None:
         """See `Work`."""
-        held = rule._at is not None
+        held = opt._at is not None
         self._run(
-            rule, held=held, update=True, several=several, sample=held, ahead=1, gate=gate(rule)
+            opt, held=held, update=True, several=several, sample=held, ahead=1, gate=gate(opt)
         )
 
-    def add(self, rule: Rule, number: int, weight: float) -> None:
+    def add(self, opt: Equations, number: int, weight: float) -> None:
         """See `Work`."""
-        held = rule._at is not None
-        self._run(rule, held=held, add=True, number=number, weight=weight)
+        held = opt._at is not None
+        self._run(opt, held=held, add=True, number=number, weight=weight)
 
     def signs(self) -> Iterator[Tensor]:
         """See `Work`: one number for all gradients, 0 or NaN."""
@@ -176,7 +176,7 @@ class Fused(Work):
         return self.jobs[0][0].device
 
     def _run(
-        self, rule: Rule, *, held: bool, update: bool = False, several: bool = False,
+        self, opt: Equations, *, held: bool, update: bool = False, several: bool = False,
         add: bool = False, sample: bool = False, ahead: int = 0, number: int = 0,
         weight: float = 0.0, gate: Tensor | None = None,
     ) -> None:  # fmt: skip
@@ -184,7 +184,7 @@ class Fused(Work):
             P, G, prior = batch.kind
             names = _names(batch, update, add, several)
             table, _keep = batch.prepared(names) or batch.table(names)
-            numbers, keys = _scalars(rule, batch, number, ahead)
+            numbers, keys = _scalars(opt, batch, number, ahead)
             resting = held and not (update or add or sample)
             gate, mark = batch.mark if resting else gate, batch.mark
             with torch.cuda.device_of(table):
@@ -211,9 +211,9 @@ def _names(
     return *names, *(["prior_precision", "prior_shift"] * batch.kind[2])
 
 
-def gate(rule: Rule) -> Tensor | None:
+def gate(opt: Equations) -> Tensor | None:
     """Where a recorded step finds whether its gradients were finite."""
-    return rule._taken if isinstance(rule._taken, Tensor) else None
+    return opt._taken if isinstance(opt._taken, Tensor) else None
 
 
 def _type(dtype: torch.dtype) -> Any:
@@ -238,17 +238,17 @@ def taken(works: Iterable[Work]) -> Tensor:
 # ---- numbers ------------------------------------------------------------------------------------
 
 
-def _scalars(rule: Any, batch: Batch, number: int, ahead: int) -> tuple[Tensor, Tensor]:
+def _scalars(opt: Any, batch: Batch, number: int, ahead: int) -> tuple[Tensor, Tensor]:
     """Options and keys of noise for each group: to learn from a sample, and to draw the next."""
-    later = rule.defaults["capturable"]
+    later = opt.defaults["capturable"]
     own = [numbers(group, batch.kind[2], later) for group, _ in batch.groups]
     options = batch.send("numbers", torch.tensor(own, dtype=torch.float32))
     if later:
-        return _prepared(rule, batch, options, number, ahead)
-    at, keys = rule._at or (TRAINING, 0), []
+        return _prepared(opt, batch, options, number, ahead)
+    at, keys = opt._at or (TRAINING, 0), []
     for group, high in batch.groups:
-        old = rule._name(group, (TRAINING, number))
-        keys += [*_noise.key(*old, high), *_noise.key(*rule._name(group, at, ahead), high)]
+        old = opt._name(group, (TRAINING, number))
+        keys += [*_noise.key(*old, high), *_noise.key(*opt._name(group, at, ahead), high)]
     return options, batch.send("keys", torch.tensor(keys, dtype=torch.int32))
 
 
@@ -264,17 +264,17 @@ def numbers(group: dict[str, Any], prior: bool, later: bool) -> list[float]:
 
 
 def _prepared(
-    rule: Any, batch: Batch, options: Tensor, number: int, ahead: int
+    opt: Any, batch: Batch, options: Tensor, number: int, ahead: int
 ) -> tuple[Tensor, Tensor]:
     device = options.device
     for group, _ in batch.groups:
-        if len(rule._name(group | {"step": 0}, (TRAINING, number))) != 4:
+        if len(opt._name(group | {"step": 0}, (TRAINING, number))) != 4:
             raise RuntimeError("capturable=True is for noise that all ranks share; leave one out")
         if not isinstance(group["step"], Tensor):
             group["step"] = torch.tensor(group["step"], dtype=torch.int64, device=device)
     words = [word(group, high) for group, high in batch.groups]
     there = batch.send("words", torch.tensor(words))
-    (stream, next_number), count = rule._at or (TRAINING, 0), len(batch.groups)
+    (stream, next_number), count = opt._at or (TRAINING, 0), len(batch.groups)
     keys = batch.send("keys", torch.zeros(count, 6, dtype=torch.int32))
     with torch.cuda.device_of(there):
         _kernels().prepare[(count,)](

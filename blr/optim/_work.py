@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blr.optim._equations import Equations
 from blr.optim._pieces import Job
-from blr.optim._rule import Rule
 
 TRAINING, LOOKING = 0, 1
 """Streams of noise: samples that are learned from, and samples that are only looked at."""
@@ -37,22 +37,22 @@ class Work(ABC):
     held: bool = False
 
     @abstractmethod
-    def place(self, rule: Rule, fresh: bool) -> None:
-        """Write the sample `rule._at` into the parameters; where `fresh`, they are at the mean."""
+    def place(self, opt: Equations, fresh: bool) -> None:
+        """Write the sample `opt._at` into the parameters; where `fresh`, they are at the mean."""
 
     @abstractmethod
-    def rest(self, rule: Rule) -> None:
+    def rest(self, opt: Equations) -> None:
         """Write the mean into parameters that are held; leave others as they are."""
 
     @abstractmethod
-    def update(self, rule: Rule, several: bool) -> None:
+    def update(self, opt: Equations, several: bool) -> None:
         """Learn from `p.grad` and, of one sample, θ, or of several, the averaged "product".
 
         If the parameters hold a sample, they get that of the next step.
         """
 
     @abstractmethod
-    def add(self, rule: Rule, number: int, weight: float) -> None:
+    def add(self, opt: Equations, number: int, weight: float) -> None:
         """Add the product of training sample `number` with `p.grad`, weighted, to "product"."""
 
     def signs(self) -> Iterator[Tensor]:
@@ -64,90 +64,90 @@ class Work(ABC):
 class Eager(Work):
     """One piece, in plain torch."""
 
-    def place(self, rule: Rule, fresh: bool) -> None:
+    def place(self, opt: Equations, fresh: bool) -> None:
         """See `Work`."""
         ((b, _),) = self.jobs
         if fresh:
-            b.write("mean", self._resting(rule))
+            b.write("mean", self._resting(opt))
             self.held = True
-        self._show(rule, b.read("mean"))
+        self._show(opt, b.read("mean"))
 
-    def rest(self, rule: Rule) -> None:
+    def rest(self, opt: Equations) -> None:
         """Swap mean and sample: the sample is kept aside, in case that a step learns from it."""
         ((b, _),) = self.jobs
         if self.held:
             theta = b.read("parameter").clone()
-            b.write("parameter", rule._shown(b.read("mean")))
+            b.write("parameter", opt._shown(b.read("mean")))
             self.held = False
-            if not rule._apart(b.dtype):
+            if not opt._apart(b.dtype):
                 b.write("mean", theta)
 
-    def update(self, rule: Rule, several: bool) -> None:
+    def update(self, opt: Equations, several: bool) -> None:
         """See `Work`."""
         ((b, group),) = self.jobs
-        where = self._where(rule)
+        where = self._where(opt)
         m = b.read(where)
         g = b.read("gradient").to(m.dtype)
-        product = b.read("product") if several else self._product(rule, m, g, 0)
-        rule._learn(b, group, m, g, product)
+        product = b.read("product") if several else self._product(opt, m, g, 0)
+        opt._learn(b, group, m, g, product)
         b.write(where, m)
-        self._follow(rule, m)
+        self._follow(opt, m)
 
-    def add(self, rule: Rule, number: int, weight: float) -> None:
+    def add(self, opt: Equations, number: int, weight: float) -> None:
         """See `Work`."""
         ((b, _),) = self.jobs
-        m = b.read(self._where(rule))
-        product = self._product(rule, m, b.read("gradient").to(m.dtype), number)
+        m = b.read(self._where(opt))
+        product = self._product(opt, m, b.read("gradient").to(m.dtype), number)
         b.write("product", b.read("product").add_(product, alpha=weight))
 
-    def _follow(self, rule: Rule, mean: Tensor) -> None:
+    def _follow(self, opt: Equations, mean: Tensor) -> None:
         """After a step, show in the parameter what it holds now."""
         ((b, _),) = self.jobs
-        if rule._at is not None:
-            self._show(rule, mean, ahead=1)
-        elif rule._apart(b.dtype):
-            b.write("parameter", rule._shown(mean))
+        if opt._at is not None:
+            self._show(opt, mean, ahead=1)
+        elif opt._apart(b.dtype):
+            b.write("parameter", opt._shown(mean))
 
-    def _show(self, rule: Rule, mean: Tensor, ahead: int = 0) -> None:
+    def _show(self, opt: Equations, mean: Tensor, ahead: int = 0) -> None:
         ((b, _),) = self.jobs
-        assert rule._at is not None
-        theta = self._made(rule, mean, rule._at, ahead)
-        b.write("parameter", rule._visible(theta, rule._at[0]))
+        assert opt._at is not None
+        theta = self._made(opt, mean, opt._at, ahead)
+        b.write("parameter", opt._visible(theta, opt._at[0]))
 
-    def _made(self, rule: Rule, mean: Tensor, at: tuple[int, int], ahead: int = 0) -> Tensor:
+    def _made(self, opt: Equations, mean: Tensor, at: tuple[int, int], ahead: int = 0) -> Tensor:
         """θ of the sample `at`, so many steps ahead."""
         ((b, group),) = self.jobs
-        return rule._draw(b, group, mean, rule._noise(b, group, at, ahead))
+        return opt._draw(b, group, mean, opt._noise(b, group, at, ahead))
 
-    def _resting(self, rule: Rule) -> Tensor:
+    def _resting(self, opt: Equations) -> Tensor:
         """The mean of parameters at rest, which may have been changed by others since."""
         ((b, group),) = self.jobs
         shown = b.read("parameter")
-        if not rule._apart(b.dtype):
+        if not opt._apart(b.dtype):
             return shown
         kept = b.read("mean")
-        same = rule._shown(kept).to(shown.dtype) == shown
-        return torch.where(same, kept, rule._unshown(shown.to(kept.dtype), group))
+        same = opt._shown(kept).to(shown.dtype) == shown
+        return torch.where(same, kept, opt._unshown(shown.to(kept.dtype), group))
 
-    def _product(self, rule: Rule, mean: Tensor, gradient: Tensor, number: int) -> Tensor:
+    def _product(self, opt: Equations, mean: Tensor, gradient: Tensor, number: int) -> Tensor:
         ((b, group),) = self.jobs
-        return rule._product(b, group, gradient, self._sample(rule, mean, number), mean)
+        return opt._product(b, group, gradient, self._sample(opt, mean, number), mean)
 
-    def _sample(self, rule: Rule, mean: Tensor, number: int) -> Tensor:
+    def _sample(self, opt: Equations, mean: Tensor, number: int) -> Tensor:
         """θ of a training sample: where it is now, where it is kept aside, or made again."""
         ((b, _),) = self.jobs
         at = (TRAINING, number)
-        if not rule._apart(b.dtype):
-            if rule._at == at:
+        if not opt._apart(b.dtype):
+            if opt._at == at:
                 return b.read("parameter")
-            if rule._aside == at:
+            if opt._aside == at:
                 return b.read("mean")
-        return self._made(rule, mean, at)
+        return self._made(opt, mean, at)
 
-    def _where(self, rule: Rule) -> str:
+    def _where(self, opt: Equations) -> str:
         """The name under which the mean is found now."""
         ((b, _),) = self.jobs
-        return "parameter" if rule._at is None and not rule._apart(b.dtype) else "mean"
+        return "parameter" if opt._at is None and not opt._apart(b.dtype) else "mean"
 
 
 @dataclass(frozen=True)

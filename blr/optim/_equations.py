@@ -18,7 +18,7 @@ from blr.optim import _noise, _state
 from blr.optim._pieces import WINDOW, Piece, Windows
 
 
-class Rule(Optimizer):
+class Equations(Optimizer):
     """The equations of an optimizer with a posterior."""
 
     _linear: ClassVar[bool] = True  # whether products scale as gradients do
