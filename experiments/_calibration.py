@@ -1,7 +1,7 @@
 """The tasks of `calibration.py`: images, networks, and how long to train.
 
 FashionMNIST, and the digits of 8×8 pixels in four versions: clean, with random labels, with few
-examples, and without two of the classes. Order and noise are the same in every run.
+examples, and without two of the classes. Each split of the images is a task of its own.
 """
 
 from __future__ import annotations
@@ -88,30 +88,30 @@ def perceptron() -> nn.Module:
     )  # fmt: skip
 
 
-def digits_data() -> Pair:
-    """All digits in one random order; values between 0 and 1, shape (N, 1, 8, 8)."""
+def digits_data(split: int) -> Pair:
+    """All digits in the order of a split; values between 0 and 1, shape (N, 1, 8, 8)."""
     digits = data.load("digits")
-    order = torch.randperm(len(digits.X), generator=generator(0))
+    order = torch.randperm(len(digits.X), generator=generator(0, split))
     X = torch.as_tensor(digits.X)[order].float() / 16
     return X.reshape(-1, 1, 8, 8), torch.as_tensor(digits.y)[order]
 
 
-def fashion_data() -> tuple[Pair, Pair]:
-    """Training images in one random order, and test images; values between 0 and 1."""
-    pairs = []
-    for name in ("fashion_mnist", "fashion_mnist_test"):
-        images = data.load(name)
-        X = torch.as_tensor(images.X).float().unsqueeze(1) / 255
-        pairs.append((X, torch.as_tensor(images.y)))
-    X, y = pairs[0]
-    order = torch.randperm(len(y), generator=generator(0))
-    return (X[order], y[order]), pairs[1]
+def clothes_data(name: str, chosen: Tensor | slice) -> Pair:
+    """Some images of FashionMNIST; values between 0 and 1, shape (N, 1, 28, 28)."""
+    images = data.load(name)
+    X, y = torch.as_tensor(images.X)[chosen], torch.as_tensor(images.y)[chosen]
+    return X.float().unsqueeze(1) / 255, y
 
 
-def fashion(num_train: int, num_validation: int = 1500, num_test: int = 5000) -> Task:
-    """FashionMNIST; outside are digits enlarged to 28×28, and test images lying on their side."""
-    (X, y), (X_test, y_test) = fashion_data()
-    digits, _ = digits_data()
+def fashion(split: int, num_train: int, num_validation: int = 1500, num_test: int = 5000) -> Task:
+    """FashionMNIST; outside are digits enlarged to 28×28, and test images lying on their side.
+
+    A split draws images for training and validation; those for testing are always the same.
+    """
+    order = torch.randperm(60_000, generator=generator(0, split))
+    X, y = clothes_data("fashion_mnist", order[: num_train + num_validation])
+    X_test, y_test = clothes_data("fashion_mnist_test", slice(None))
+    digits, _ = digits_data(split)
     large = F.interpolate(digits, size=20, mode="bilinear", align_corners=False)
     outside = {
         "digits": F.pad(large[:1000], (4, 4, 4, 4)),
@@ -120,18 +120,19 @@ def fashion(num_train: int, num_validation: int = 1500, num_test: int = 5000) ->
     # Weights are drawn for inputs of mean 0 and variance 1.
     mean, std = X[:num_train].mean(), X[:num_train].std()
     X, X_test = (X - mean) / std, (X_test - mean) / std
-    n, m = num_train, num_train + num_validation
+    n = num_train
     return Task(
-        (X[:n], y[:n]), (X[n:m], y[n:m]), (X_test[:num_test], y_test[:num_test]), convolutional,
+        (X[:n], y[:n]), (X[n:], y[n:]), (X_test[:num_test], y_test[:num_test]), convolutional,
         100, 15, 45,
         {name: (x - mean) / std for name, x in outside.items()},
     )  # fmt: skip
 
 
-def digits() -> Task:
+def digits(split: int) -> Task:
     """Digits; outside are clothes reduced to 8×8 pixels, and digits lying on their side."""
-    X, y = digits_data()
-    clothes = F.interpolate(fashion_data()[1][0][:2000], size=8, mode="area")
+    X, y = digits_data(split)
+    images, _ = clothes_data("fashion_mnist_test", slice(2000))
+    clothes = F.interpolate(images, size=8, mode="area")
     outside = {"clothes": clothes, "rotated": X[:540].rot90(1, (2, 3))}
     return Task(
         (X[540:1540], y[540:1540]), (X[1540:], y[1540:]), (X[:540], y[:540]), perceptron, 50, 100,
@@ -139,13 +140,14 @@ def digits() -> Task:
     )  # fmt: skip
 
 
-def noisy(task: Task) -> Task:
+def noisy(task: Task, split: int) -> Task:
     """A fifth of the labels drawn at random, in training and validation but not in the test."""
 
     def spoil(pair: Pair, place: int) -> Pair:
         X, y = pair
-        chosen = torch.rand(len(y), generator=generator(1, place)) < 0.2
-        return X, torch.where(chosen, torch.randint(10, y.shape, generator=generator(2, place)), y)
+        chosen = torch.rand(len(y), generator=generator(1, split, place)) < 0.2
+        labels = torch.randint(10, y.shape, generator=generator(2, split, place))
+        return X, torch.where(chosen, labels, y)
 
     train, validation = spoil(task.train, 0), spoil(task.validation, 1)
     return replace(
@@ -176,13 +178,13 @@ def unseen(task: Task) -> Task:
     )  # fmt: skip
 
 
-def make_tasks(num_train: int) -> dict[str, Task]:
-    """All tasks by name."""
-    clean = digits()
+def make_tasks(num_train: int, split: int) -> dict[str, Task]:
+    """All tasks by name, on one split of the images."""
+    clean = digits(split)
     return {
         "digits": clean,
-        "fashion": fashion(num_train),
-        "digits, random labels": noisy(clean),
+        "fashion": fashion(split, num_train),
+        "digits, random labels": noisy(clean, split),
         "digits, 200 examples": few(clean),
         "digits, unseen classes": unseen(clean),
     }

@@ -5,10 +5,11 @@
 
 Each optimizer gets the same number of configurations, six learning rates times six ways of holding
 back, and keeps the one with the lowest log loss on a validation set, with seed 0. It is then
-trained anew with other seeds, and these runs are tested. IVON is read twice, at the mean and
-averaged over samples, each with its own choice. Long trainings are run as they were chosen for the
-short one, and again with the way of holding back chosen for the long one. What a run has found is
-kept in the folder `--work`, so a second call goes on where the first one ended.
+trained anew with other seeds, and these runs are tested. A seed stands for a split of the images,
+initial weights, their order, and noise. IVON is read twice, at the mean and averaged over samples,
+each with its own choice. Long trainings are run as they were chosen for the short one, and again
+with the way of holding back chosen for the long one. What a run has found is kept in the folder
+`--work`, so a second call goes on where the first one ended.
 
 The tasks are FashionMNIST, five thousand images of it and a small convolutional network, and the
 digits of 8×8 pixels with a network of two hidden layers: clean, with a fifth of the labels random,
@@ -23,6 +24,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ METHODS = {  # name: optimizer, way of reading it
 }
 GRIDS: dict[str, dict[str, list[float]]] = {  # thirty-six configurations for each optimizer
     "adamw": {
-        "lr": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1],
+        "lr": [1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3],
         "weight_decay": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
     },
     "sgd": {
@@ -54,8 +56,8 @@ GRIDS: dict[str, dict[str, list[float]]] = {  # thirty-six configurations for ea
     },
     "ivon": {
         "lr": [0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
-        "prior_precision": [1.0, 30.0],  # N times weight_decay
-        "initial_precision": [300.0, 3e3, 3e4],  # N times hess_init
+        "prior_precision": [1.0, 10.0],  # N times weight_decay
+        "initial_precision": [100.0, 1e3, 1e4],  # N times hess_init
     },
 }
 FIXED = {"sgd": {"momentum": 0.9}, "adamw": {}, "ivon": {"betas": (0.9, 0.9999)}}
@@ -175,6 +177,8 @@ def bins(log_p: Tensor, y: Tensor) -> dict[str, list[float]]:
 def tune(task: Task, name: str, options: dict[str, float], epochs: int) -> dict[str, Any]:
     """Scores on the validation set, with seed 0."""
     *_, (_, model, optimizer) = training(task, name, options, 0, epochs)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        return {how: {"nll": math.inf} for how in ways(name)}
     X, y = task.validation
     samples, found = min(16, task.samples), {}
     for how in ways(name):
@@ -305,19 +309,23 @@ def collect(found: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def compare(runs: Runs, task: Task, label: str, chosen: dict[str, Any]) -> dict[str, Any]:
+Splits = Callable[[int], Task]
+"""A task on the split that belongs to a seed."""
+
+
+def compare(runs: Runs, on: Splits, label: str, chosen: dict[str, Any]) -> dict[str, Any]:
     """The table of one task: every method with its choice, over seeds 1, 2 and so on."""
     table = {}
     for method, (name, how) in METHODS.items():
         options = chosen[method]["options"]
-        seeds = range(1, task.seeds + 1)
-        table[method] = collect([runs(test, task, label, name, options, s)[how] for s in seeds])
+        seeds = range(1, on(0).seeds + 1)
+        table[method] = collect([runs(test, on(s), label, name, options, s)[how] for s in seeds])
     return table
 
 
-def example(runs: Runs, task: Task, label: str, chosen: dict[str, Any]) -> dict[str, Any]:
+def example(runs: Runs, on: Splits, label: str, chosen: dict[str, Any]) -> dict[str, Any]:
     """Each method's most certain mistake of its first run, and what the others say of it."""
-    p = {}
+    p, task = {}, on(1)
     for method, (name, how) in METHODS.items():
         run = runs(test, task, label, name, chosen[method]["options"], 1)
         p[method] = run[how]["predictions"].exp()
@@ -336,7 +344,7 @@ def example(runs: Runs, task: Task, label: str, chosen: dict[str, Any]) -> dict[
 
 
 def long_training(
-    runs: Runs, task: Task, label: str, short: dict[str, Any], limit: int | None
+    runs: Runs, on: Splits, label: str, short: dict[str, Any], limit: int | None
 ) -> dict[str, Any]:
     """Curves of every method, with its choice for the short training and with one for this.
 
@@ -346,12 +354,13 @@ def long_training(
         method: configurations(name, lr=short[method]["options"]["lr"])[:limit]
         for method, (name, _) in METHODS.items()
     }
+    task = on(0)
     tuned = choose(runs, task, label, candidates, task.long)
     found: dict[str, Any] = {"chosen": tuned}
     for which, chosen in (("same", short), ("tuned", tuned)):
         found[which] = {
             method: [
-                runs(follow, task, label, name, chosen[method]["options"], seed, task.long)[how]
+                runs(follow, on(seed), label, name, chosen[method]["options"], seed, task.long)[how]
                 for seed in range(1, task.long_seeds + 1)
             ]
             for method, (name, how) in METHODS.items()
@@ -369,23 +378,30 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     runs, limit = Runs(options.work), 2 if options.quick else None
-    tasks = make_tasks(options.train)
-    if options.quick:
-        tasks = {label: shortened(task) for label, task in tasks.items()}
+
+    @lru_cache
+    def tasks(split: int) -> dict[str, Task]:
+        made = make_tasks(options.train, split)
+        return {label: shortened(x) for label, x in made.items()} if options.quick else made
+
     candidates = {method: configurations(name)[:limit] for method, (name, _) in METHODS.items()}
     result: dict[str, Any] = {}
-    for label, task in tasks.items():
+    for label, task in tasks(0).items():
+
+        def on(seed: int, label: str = label) -> Task:
+            return tasks(seed)[label]
+
         chosen = (
             result[task.like]["chosen"]
             if task.like
             else choose(runs, task, label, candidates, task.epochs)
         )
-        table = compare(runs, task, label, chosen)
+        table = compare(runs, on, label, chosen)
         result[label] = {"task": task.summary(), "chosen": chosen, "methods": table}
         if task.long:
-            result[label]["long"] = long_training(runs, task, label, chosen, limit)
+            result[label]["long"] = long_training(runs, on, label, chosen, limit)
         if label == "fashion":
-            result[label]["mistakes"] = example(runs, task, label, chosen)
+            result[label]["mistakes"] = example(runs, on, label, chosen)
     settings = {"grids": GRIDS, "fixed": FIXED, "bins": BINS, "warmup": WARMUP}
     about = provenance({**vars(options), **settings}, seed="0 to choose, 1 and on to test")
     spent = {"runs": runs.done, "seconds": round(runs.seconds)}

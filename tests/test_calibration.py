@@ -30,7 +30,7 @@ def has_fashion() -> bool:
 @pytest.fixture
 def clean(needs):
     needs(has_fashion(), "get FashionMNIST: see blr.data")
-    return tasks.digits()
+    return tasks.digits(1)
 
 
 @pytest.fixture
@@ -48,8 +48,20 @@ def test_training_validation_and_test_share_no_image(clean):
     assert len(set.union(*parts)) == 1797
 
 
+def test_splits_differ_and_clothes_are_tested_on_the_same_images(needs):
+    needs(has_fashion(), "get FashionMNIST: see blr.data")
+    one, other = (tasks.make_tasks(50, split) for split in (1, 2))
+    for name in one:
+        assert not torch.equal(one[name].train[0], other[name].train[0])
+    # Pixels are standardised by the images for training.
+    first, second = (one["fashion"].test[0][:9], other["fashion"].test[0][:9])
+    scale = first.std() / second.std()
+    torch.testing.assert_close(first - first.mean(), (second - second.mean()) * scale)
+    assert torch.equal(one["fashion"].test[1], other["fashion"].test[1])
+
+
 def test_random_labels_are_a_fifth_and_the_test_is_clean(clean):
-    task = tasks.noisy(clean)
+    task = tasks.noisy(clean, 1)
     for name in ("train", "validation"):
         n = len(getattr(clean, name)[1])
         changed = (getattr(task, name)[1] != getattr(clean, name)[1]).double().mean().item()
