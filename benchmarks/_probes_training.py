@@ -235,12 +235,19 @@ def parametrised(make: Make) -> str:
 
 
 def batch_norm(make: Make) -> str:
-    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).eval()
+    """In training they are what the sample gives, and leaving it does not touch them."""
+    layer, norm = nn.Linear(2, 4), nn.BatchNorm1d(4)
+    model = nn.Sequential(layer, norm, nn.Linear(4, 1))
     optimizer = make(model.parameters())
-    before = [b.double() for b in model.buffers()]
+    rest = layer(X).detach()
     with sample(optimizer, train=False):
+        hidden = layer(X).detach()
         model(X)
-    return equal([b.double() for b in model.buffers()], before, "statistics moved")
+    if torch.equal(hidden, rest):
+        return "the model does not see the sample"
+    expected = [0.1 * hidden.mean(0), 0.9 + 0.1 * hidden.var(0)]
+    assert norm.running_mean is not None and norm.running_var is not None
+    return equal([norm.running_mean, norm.running_var], expected, "they are off", 1e-6)
 
 
 # ---- noise and posterior ------------------------------------------------------------------------

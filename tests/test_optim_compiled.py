@@ -1,5 +1,6 @@
 """Claims about IVON in compiled code: it is IVON to rounding, and few programs are compiled."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -159,6 +160,32 @@ def test_groups_and_kinds_of_work_mix():
         results.append(everything(params, optimizer))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("style", ["contexts", "train()"])
+def test_every_option_is_that_of_the_group(style):
+    """A group learns as it does where all have its options, which leaves the noise as it is."""
+    options = (
+        {"lr": 0.3, "ess": 9.0, "hess_init": 1.5, "betas": (0.5, 0.9), "weight_decay": 0.02,
+         "clip_radius": 0.1, "debias": False, "rescale_lr": True, "seed": 8},
+        {"lr": 0.1, "ess": 40.0, "hess_init": 0.3, "betas": (0.8, 0.95), "weight_decay": 0.2,
+         "clip_radius": 0.5, "debias": True, "rescale_lr": False, "seed": 3},
+    )  # fmt: skip
+
+    def trained(alike=None):
+        params = start(shapes=((7,), (40, 3), (190, 180)))
+        parts = zip((params[:2], params[2:]), options, strict=True)
+        groups = [{"params": some} | chosen for some, chosen in parts]
+        optimizer = make(params if alike else groups, **(alike or {}))
+        learn(params, optimizer, 4, style)
+        return everything(params, optimizer)
+
+    mixed = trained()
+    alike = [trained(chosen) for chosen in options]
+    for i, x in enumerate(mixed):
+        mine = i in (2, 7, 8)  # the large tensor, and its two averages
+        torch.testing.assert_close(x, alike[mine][i], rtol=1e-10, atol=1e-12)
+        assert not torch.equal(x, alike[not mine][i])
 
 
 def test_the_result_does_not_depend_on_how_parameters_are_cut_into_pieces(monkeypatch):
@@ -332,6 +359,26 @@ def test_parameters_without_gradients_and_frozen_ones_stay():
         True,
         True,
     ]
+
+
+def test_compiled_models_see_samples_and_steps():
+    """As in the contract, which asks it of torch.compile without inductor; for both spellings."""
+    results = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+        optimizer = make(model.parameters(), None)
+        run = torch.compile(model) if compiled else model
+        x = torch.randn(12, 2, dtype=torch.float64)
+        for t in range(6):
+            with optimizer.sampled_params(train=True) if t < 3 else contextlib.nullcontext():
+                optimizer.zero_grad()
+                (run(x) - x.sin()).square().mean().backward()
+            optimizer.step()
+            optimizer.train(t >= 2)
+        results.append(everything([*model.parameters()], optimizer))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("fused", [True, None])

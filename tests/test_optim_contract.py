@@ -6,6 +6,8 @@ import io
 import json
 import pickle
 import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -42,23 +44,54 @@ def learn(model: nn.Module, optimizer: blr.IVON, steps: int = 1, scale: float = 
         optimizer.step()
 
 
+def sampled(optimizer: blr.IVON) -> AbstractContextManager[None]:
+    """A sample to learn from, by either spelling: between train() and eval() there is one."""
+    return nullcontext() if optimizer.training else optimizer.sampled_params(train=True)
+
+
+def tensors(*dtypes: torch.dtype) -> list[nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    shapes = zip(((3, 2), (5,), (4,), (2, 4)), dtypes or 4 * [torch.float64], strict=True)
+    return [nn.Parameter(torch.randn(s, generator=g).to(dtype)) for s, dtype in shapes]
+
+
+def pull(optimizer: blr.IVON, steps: int = 1) -> None:
+    """Steps with gradients in which no two entries meet: one tensor learns nothing of others."""
+    for _ in range(steps):
+        with sampled(optimizer):
+            for p in (p for g in optimizer.param_groups for p in g["params"] if p.requires_grad):
+                p.grad = 0.7 * p.detach() + (1.3 * p.detach()).sin()
+        optimizer.step()
+
+
 def weights(model: nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-def everything(model: nn.Module, optimizer: blr.IVON) -> list[torch.Tensor]:
-    """Parameters, state, and the counters."""
-    state = [
+def averages(params: Iterable[nn.Parameter], optimizer: blr.IVON) -> list[torch.Tensor]:
+    return [
         optimizer.state[p][name].clone()
-        for p in model.parameters()
+        for p in params
         for name in ("hess", "momentum")
         if name in optimizer.state[p]
     ]
+
+
+def everything(model: nn.Module, optimizer: blr.IVON) -> list[torch.Tensor]:
+    """Parameters, state, and the counters."""
+    state = averages(model.parameters(), optimizer)
     return [*weights(model), *state, torch.tensor([g["step"] for g in optimizer.param_groups])]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def assert_close(
+    a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], rtol: float = 1e-10, atol: float = 1e-12
+) -> None:
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
 
 
 def moved(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -291,9 +324,79 @@ def test_tied_parameters_are_one_parameter():
         warnings.simplefilter("ignore")  # torch's own word on duplicates
         twice = blr.IVON([model.a.weight, model.a.weight], lr=0.1, ess=10)
     assert len(twice.param_groups[0]["params"]) == 1
-    before = weights(model)
-    learn(model, tied, 2)
-    assert model.a.weight is model.b.weight and moved(weights(model), before)
+    params = weight, a, b = [nn.Parameter(w) for w in weights(model)]
+    optimizer = make(nn.ParameterList(params))
+    learn(model, tied, 3)
+    for _ in range(3):
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            h = nn.functional.linear(nn.functional.linear(X, weight, a), weight, b)
+            (h.sum(-1, keepdim=True) - Y).square().mean().backward()
+        optimizer.step()
+    assert model.a.weight is model.b.weight
+    ours = everything(model, tied)[:-1]
+    assert_close(ours, [*params, *averages(params, optimizer)], rtol=1e-5, atol=1e-6)
+
+
+# In no option like each other; and in each, one of them is not like the default.
+OPTIONS = (
+    {"lr": 0.3, "ess": 9.0, "hess_init": 1.5, "betas": (0.5, 0.9), "weight_decay": 0.02,
+     "clip_radius": 0.1, "debias": False, "rescale_lr": True, "seed": 8},
+    {"lr": 0.1, "ess": 40.0, "hess_init": 0.3, "betas": (0.8, 0.97), "weight_decay": 0.2,
+     "clip_radius": 0.5, "debias": True, "rescale_lr": False, "seed": 3},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("style", ["contexts", "train()"])
+@pytest.mark.parametrize("prior", [False, True])
+def test_every_option_is_that_of_the_group(style, prior):
+    """A group learns as it does where all have its options, which leaves the noise as it is."""
+    given = blr.DiagonalGaussian.from_moments(torch.linspace(-1, 1, 23), torch.linspace(1, 9, 23))
+
+    def trained(alike=None):
+        params = tensors()
+        groups = zip((params[:2], params[2:]), OPTIONS, strict=True)
+        groups = [{"params": some} | options for some, options in groups]
+        defaults = alike or {"lr": 0.7, "ess": 100}
+        optimizer = blr.IVON(
+            params if alike else groups, prior=given if prior else None, **defaults
+        )
+        optimizer.train(style == "train()")
+        pull(optimizer, 5)
+        optimizer.eval()
+        halves = (some + averages(some, optimizer) for some in (params[:2], params[2:]))
+        precision = optimizer.posterior().precision.split((11, 12))
+        return [[*half, s] for half, s in zip(halves, precision, strict=True)]
+
+    mixed = trained()
+    for i, options in enumerate(OPTIONS):
+        alike = trained(options)
+        assert_close(mixed[i], alike[i])
+        assert moved(mixed[1 - i], alike[1 - i])
+
+
+@pytest.mark.parametrize("style", ["contexts", "train()"])
+def test_an_added_group_begins_as_in_a_fresh_optimizer_and_leaves_the_others_alone(style):
+    results = []
+    for fresh in (False, True):
+        params = tensors()
+        old, new = {"params": params[:2]}, {"params": params[2:], "lr": 0.05, "ess": 30}
+        optimizer = blr.IVON([old], lr=0.2, ess=100, betas=(0.9, 0.99))
+        optimizer.train(style == "train()")
+        if not fresh:
+            pull(optimizer, 3)
+        optimizer.add_param_group(new)
+        pull(optimizer, 2)
+        optimizer.eval()
+        assert [g["step"] for g in optimizer.param_groups] == [2 if fresh else 5, 2]
+        results.append((params, optimizer))
+    (params, optimizer), (others, fresh) = results
+    assert same(params[2:], others[2:])
+    assert same(averages(params[2:], optimizer), averages(others[2:], fresh))
+    assert moved(params[2:], tensors()[2:])
+    pull(fresh, 3)
+    assert same(params[:2], others[:2])
+    assert same(averages(params[:2], optimizer), averages(others[:2], fresh))
 
 
 def test_groups_have_their_own_options_and_may_be_added_during_training():
@@ -472,17 +575,41 @@ def test_a_parameter_may_be_reached_by_only_some_samples():
     assert torch.allclose(optimizer.state[model[1].bias]["momentum"], torch.tensor(1 / 3).double())
 
 
-def test_autocast_sees_every_sample():
+@pytest.mark.parametrize("train", [False, True])
+def test_autocast_sees_every_sample(train):
     model = network()
     optimizer = make(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = [model(X)]
         for _ in range(2):
-            with optimizer.sampled_params():
+            with optimizer.sampled_params(train=train):
                 outputs.append(model(X))
+                outputs[-1].sum().backward()  # a training sample without it is drawn again
         again = model(X)
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
     assert torch.equal(outputs[0], again)
+
+
+@pytest.mark.parametrize(("style", "samples"), [("contexts", 1), ("contexts", 2), ("train()", 1)])
+def test_one_autocast_around_the_loop_teaches_what_one_for_each_pass_teaches(style, samples):
+    """It keeps weights in 16 bits until the outermost one ends, and must not keep them longer."""
+    results = []
+    for whole in (False, True):
+        model = network()
+        optimizer = make(model)
+        optimizer.train(style == "train()")
+        with torch.autocast("cpu", dtype=torch.bfloat16) if whole else nullcontext():
+            for _ in range(3):
+                for _ in range(samples):
+                    with sampled(optimizer):
+                        optimizer.zero_grad()
+                        with torch.autocast("cpu", dtype=torch.bfloat16):
+                            value = loss_of(model)
+                        value.backward()
+                optimizer.step()
+        optimizer.eval()
+        results.append(everything(model, optimizer))
+    assert same(*results) and moved(results[0][:4], weights(network()))
 
 
 @pytest.mark.parametrize(
@@ -513,17 +640,73 @@ def test_schedulers_set_the_rate(scheduler):
 
 
 def test_types_may_be_mixed():
-    model = network()
-    model[2].double()
-    layer = nn.Linear(3, 3).bfloat16()
-    optimizer = blr.IVON([*model.parameters(), *layer.parameters()], lr=0.1, ess=10)
-    before = [*weights(model), *weights(layer)]
-    with optimizer.sampled_params(train=True):
-        h = model[1](model[0](X)).double()
-        (model[2](h).sum() + layer(torch.ones(3).bfloat16()).sum()).backward()
-    optimizer.step()
-    assert moved([*weights(model), *weights(layer)], before)
-    assert [p.dtype for p in model.parameters()] == [torch.float32] * 2 + [torch.float64] * 2
+    """Each tensor learns, to the bit, what it learns where the others are frozen."""
+    types = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+    def trained(*learning):
+        params = [p.requires_grad_(p.dtype in learning) for p in tensors(*types)]
+        optimizer = blr.IVON(params, lr=0.1, ess=10, betas=(0.9, 0.97))
+        pull(optimizer, 3)
+        return params, optimizer
+
+    params, optimizer = trained(*types)
+    assert [p.dtype for p in params] == [*types]
+    assert moved(params, tensors(*types))
+    for i, dtype in enumerate(types):
+        others, alone = trained(dtype)
+        assert torch.equal(params[i], others[i])
+        assert same(averages([params[i]], optimizer), averages([others[i]], alone))
+
+
+def test_devices_may_be_mixed():
+    """The state is where its parameter is. The device "meta" has no numbers, so no gradients."""
+    results = []
+    for others in ([], [nn.Parameter(torch.zeros(6, dtype=torch.float64, device="meta"))]):
+        params = tensors()
+        optimizer = blr.IVON([*params, *others], lr=0.1, ess=10)
+        for _ in range(2):
+            with optimizer.sampled_params(train=True):
+                for p in params:
+                    p.grad = p.detach().sin()
+            optimizer.step()
+        optimizer.train()
+        for p in (*params, *others):
+            assert {*optimizer.state[p]} == {"mean", "hess", "momentum"}
+            assert {x.device for x in optimizer.state[p].values()} == {p.device}
+        optimizer.eval()
+        results.append([*weights(nn.ParameterList(params)), *averages(params, optimizer)])
+    assert same(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prior", [False, True])
+def test_state_follows_a_parameter_to_another_device(dtype, prior):
+    given = blr.DiagonalGaussian.from_moments([0.1] * 5, 3.0) if prior else None
+    p, stays = nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.ones(2, dtype=dtype))
+    optimizer = blr.IVON([p, stays], lr=0.1, ess=10, prior=given)
+    pull(optimizer, 2)
+    p.grad = None
+    # As `model.to(device)` does in place where tensors of two devices cannot share a Python object.
+    torch.utils.swap_tensors(p, nn.Parameter(torch.empty_like(p, device="meta")))
+    assert p.device.type == "meta" and optimizer.state[p]["hess"].device.type == "cpu"
+    with optimizer.sampled_params():
+        for x in (p, stays):
+            assert {value.device for value in optimizer.state[x].values()} == {x.device}
+    assert optimizer.state[p]["hess"].dtype == torch.float32
+    assert len(optimizer.state[p]) == (5 if prior else 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_is_loaded_to_the_device_of_the_parameter(dtype):
+    p = nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = blr.IVON([p], lr=0.1, ess=10)
+    pull(optimizer)
+    other = nn.Parameter(torch.ones(3, dtype=dtype, device="meta"))
+    resumed = blr.IVON([other], lr=0.1, ess=10)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert {x.device for x in resumed.state[other].values()} == {other.device}
+    assert {x.dtype for x in resumed.state[other].values()} == {torch.float32}
+    assert resumed.param_groups[0]["step"] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -591,18 +774,50 @@ def test_layout_storage_and_address_are_kept(layout, small, monkeypatch):
         assert not torch.equal(p, start.new_zeros(p.shape))
 
 
-def test_models_in_channels_last_train_as_others_do():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 1))
-    model = model.to(memory_format=torch.channels_last)
-    optimizer = make(model, lr=0.05)
-    x = torch.randn(4, 3, 6, 6).to(memory_format=torch.channels_last)
-    for _ in range(3):
-        with optimizer.sampled_params(train=True):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-        optimizer.step()
-    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("style", ["contexts", "train()"])
+def test_models_in_channels_last_train_as_others_do(style):
+    """Tensors of less than `_pieces.SMALL` entries have the same noise in any memory format."""
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 1))
+        model = model.double().to(memory_format=layout)
+        optimizer = make(model, lr=0.05)
+        optimizer.train(style == "train()")
+        x = torch.randn(4, 3, 6, 6).double().to(memory_format=layout)
+        for _ in range(3):
+            with sampled(optimizer):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+            optimizer.step()
+        assert model[0].weight.is_contiguous(memory_format=layout)
+        optimizer.eval()
+        results.append(everything(model, optimizer))
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("style", ["contexts", "train()"])
+def test_large_tensors_have_their_noise_in_the_order_of_memory(style, monkeypatch):
+    """So one in channels_last is a contiguous one with its axes in that order."""
+    monkeypatch.setattr(_pieces, "SMALL", 0)
+    g = torch.Generator().manual_seed(0)
+    kernel, x = (torch.randn(*s, generator=g).double() for s in ((8, 3, 3, 2), (4, 3, 6, 6)))
+    kernel = kernel.to(memory_format=torch.channels_last)
+    results = []
+    for axes, back in ((0, 1, 2, 3), (0, 1, 2, 3)), ((0, 2, 3, 1), (0, 3, 1, 2)):
+        p = nn.Parameter(kernel.permute(axes).clone())
+        optimizer = blr.IVON([p], lr=0.05, ess=20, hess_init=0.5, betas=(0.9, 0.97))
+        optimizer.train(style == "train()")
+        for _ in range(3):
+            with sampled(optimizer):
+                optimizer.zero_grad()
+                nn.functional.conv2d(x, p.permute(back)).sin().mean().backward()
+            optimizer.step()
+        optimizer.eval()
+        kept = [p.detach(), *averages([p], optimizer)]
+        results.append([value.permute(back) for value in kept])
+    assert not kernel.is_contiguous() and p.is_contiguous()
+    assert_close(*results)
 
 
 @pytest.mark.parametrize("small", [0, 1 << 13])
@@ -684,39 +899,74 @@ def test_state_follows_a_model_that_changes_its_type():
 
 
 def test_parametrised_models_train():
-    model = network()
+    model = network(torch.float64)
     nn.utils.parametrizations.weight_norm(model[0])
     optimizer = make(model)
-    before = weights(model)
-    outputs = model(X).detach()
+    x, y = X.double(), Y.double()
+    outputs = model(x).detach()
     with optimizer.sampled_params():
-        assert not torch.equal(model(X), outputs)
-    assert torch.equal(model(X), outputs)
-    learn(model, optimizer, 2)
-    assert moved(weights(model), before)
+        assert not torch.equal(model(x), outputs)
+    assert torch.equal(model(x), outputs)
+    # Without parametrisation: length g and direction v of each row are plain tensors.
+    names = [name.removeprefix("0.parametrizations.") for name, _ in model.named_parameters()]
+    assert names == ["0.bias", "weight.original0", "weight.original1", "2.weight", "2.bias"]
+    params = [nn.Parameter(w) for w in weights(model)]
+    b0, g, v, w2, b2 = params
+    plain = make(nn.ParameterList(params))
+    learn(model, optimizer, 3)
+    for _ in range(3):
+        with plain.sampled_params(train=True):
+            plain.zero_grad()
+            h = (x @ (g * v / v.norm(dim=1, keepdim=True)).T + b0).tanh()
+            (h @ w2.T + b2 - y).square().mean().backward()
+        plain.step()
+    assert_close(weights(model), params)
+    assert_close(averages(model.parameters(), optimizer), averages(params, plain))
 
 
-def test_compiled_models_see_samples_and_steps():
+@pytest.mark.parametrize("style", ["contexts", "train()"])
+def test_compiled_models_see_samples_and_steps(style):
     model, reference = network(), network()
     compiled = torch.compile(model, backend="eager")
     optimizer, plain = make(model), make(reference)
+    optimizer.train(style == "train()")
     for _ in range(3):
-        with optimizer.sampled_params(train=True):
+        with sampled(optimizer):
             optimizer.zero_grad()
             (compiled(X) - Y).square().mean().backward()
         optimizer.step()
+    optimizer.eval()
     learn(reference, plain, 3)
-    assert same(weights(model), weights(reference))
+    assert same(everything(model, optimizer), everything(reference, plain))
 
 
-def test_batch_norm_statistics_are_not_parameters():
-    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+@pytest.mark.parametrize("style", ["looking", "contexts", "train()"])
+def test_batch_norm_statistics_are_not_parameters(style):
+    """In training they average what the samples give, and neither leaving nor steps touch them."""
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    layer, norm, x = model[0], model[1], X.double()
     optimizer = make(model)
+    rest = layer(x).mean(0)
+    mean, variance = norm.running_mean.clone(), norm.running_var.clone()
+    optimizer.train(style == "train()")
+    for _ in range(3):
+        with optimizer.sampled_params() if style == "looking" else sampled(optimizer):
+            h = x @ layer.weight.detach().T + layer.bias.detach()
+            mean, variance = mean.lerp(h.mean(0), 0.1), variance.lerp(h.var(0), 0.1)
+            assert ((h.mean(0) - rest).abs() > 1e-4).all()
+            model(x).square().mean().backward()
+            inside = [b.clone() for b in model.buffers()]
+        if style == "looking":
+            optimizer.zero_grad()
+        optimizer.step()
+        assert same(inside, list(model.buffers()))
+    optimizer.eval()
+    assert_close([norm.running_mean, norm.running_var], [mean, variance])
+    assert norm.num_batches_tracked == 3
     model.eval()
-    before = [b.clone() for b in model.buffers()]
     with optimizer.sampled_params():
-        model(X)
-    assert same(before, list(model.buffers()))
+        model(x)
+    assert same(inside, list(model.buffers()))
 
 
 def test_no_weight_decay_for_some_is_a_group():
