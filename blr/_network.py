@@ -43,11 +43,12 @@ def placing(model: Module, q: ExponentialFamily) -> Callable[[Tensor], dict[str,
     """From vectors θ of q, shape (*batch, P), to tensors by name, of the types of the parameters.
 
     Raises:
-        ValueError: If q has other names or shapes than the model, or, without names, another P.
+        ValueError: If q has other names or shapes than the model, or, without names, another P; or
+            if it is not known where parameters without names belong.
     """
     own = dict(model.named_parameters())
     if isinstance(q, NamedGaussian):
-        shapes = {_name(name, own): shape for name, shape in q.shapes.items()}
+        shapes = _shapes(q, own)
     else:
         shapes = {name: p.shape for name, p in own.items()}
     for name, shape in shapes.items():
@@ -66,20 +67,44 @@ def placing(model: Module, q: ExponentialFamily) -> Callable[[Tensor], dict[str,
             )
         parts = zip(shapes.items(), theta.split(sizes, -1), strict=True)
         return {
-            name: part.reshape(*theta.shape[:-1], *shape).to(own[name])
+            name: part.reshape((*theta.shape[:-1], *shape)).to(own[name])
             for (name, shape), part in parts
         }
 
     return place
 
 
+def _shapes(q: NamedGaussian, own: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes of q under the model's names of its parameters."""
+    names = {id(p): name for name, p in own.items()}
+    found = [names.get(id(q.tensors.get(theirs))) for theirs in q.shapes]
+    if None in found:  # names, or numbers of tensors that are not the model's
+        found = [_name(theirs, own) for theirs in q.shapes] if _named(q, own) else list(own)
+    return dict(zip(found, q.shapes.values(), strict=True))  # type: ignore[arg-type]
+
+
+def _named(q: NamedGaussian, own: Mapping[str, Tensor]) -> bool:
+    """Whether q has names, and not the numbers of all parameters of a model.
+
+    Raises:
+        ValueError: If q has numbers of something else.
+    """
+    if not q.tensors and not all(name.isdigit() and name not in own for name in q.shapes):
+        return True
+    if list(q.shapes) != [str(i) for i in range(len(own))]:
+        raise ValueError(
+            f"q has {len(q.shapes)} parameters without names, which are not all {len(own)} "
+            "parameters of the model in their order; give names to the optimizer: "
+            "model.named_parameters(), or those of them that it is to have"
+        )
+    return False
+
+
 def _name(theirs: str, own: Mapping[str, Tensor]) -> str:
-    """The model's name of a parameter: the same, that without a wrapper's, or its number."""
+    """The model's name of a parameter: the same, or that without a wrapper's."""
     inner = re.sub(r"^(?:_orig_mod\.|module\.)+", "", theirs)
     if theirs in own or inner in own:
         return theirs if theirs in own else inner
-    if theirs.isdigit() and int(theirs) < len(own):
-        return list(own)[int(theirs)]
     raise ValueError(f"q has a parameter {theirs!r}, and the model has none of that name; {REMEDY}")
 
 

@@ -52,8 +52,10 @@ def predict(
     Args:
         model: The network. Parameters that q does not have, such as frozen ones, stay as they are.
         q: Posterior over its parameters: that of an optimizer, or any family over vectors θ of
-            shape (P,), in the order of `model.parameters()`. An optimizer with several groups must
-            have been given names.
+            shape (P,), in the order of `model.parameters()`. An optimizer needs names,
+            `IVON(model.named_parameters())` or some of them, if its posterior was saved or if this
+            is a copy of the model that it trained. Without names such a posterior is refused,
+            unless it is over all parameters in that order.
         x: Inputs, one batch: a tensor, a tuple of arguments, or a mapping of arguments by name.
         samples: Number S of samples.
         logits: Return log p in place of p, added up in logarithms, so that no tail is lost. Its

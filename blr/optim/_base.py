@@ -23,13 +23,12 @@ from torch import Tensor
 
 from blr.optim import _distributed, _pieces, _state
 from blr.optim._distributed import Agreement, Averaging
-from blr.optim._equations import Equations
-from blr.optim._pieces import Job, local
-from blr.optim._samples import Samples
-from blr.optim._work import LOOKING, TRAINING, Eager, Plan, Work
+from blr.optim._pieces import local
+from blr.optim._samples import Drawn, Samples, Watch
+from blr.optim._work import LOOKING, TRAINING, Divided, Work
 
 
-class PosteriorOptimizer(Equations):
+class PosteriorOptimizer(Divided):
     """An optimizer whose state is a posterior over the parameters."""
 
     _averaging: Averaging | None = None  # of products over ranks that have noise of their own
@@ -39,10 +38,10 @@ class PosteriorOptimizer(Equations):
         self._open = self._looked = 0  # open contexts; samples only looked at since the last step
         self._warned = False
         self._samples = Samples(self._linear)
+        self._drawn, self._watch = Drawn(), Watch()
         self._held: set[Tensor] = set()  # the parameters that the last sample moved
         self._placed: list[Work] = []  # and the units of work on them
-        self._plans: dict[tuple[int, ...], Plan] = {}
-        self._index: dict[Tensor, int] = {}
+        self._plans, self._index = {}, {}
         self._agreement = Agreement()
         super().__init__(params, defaults)
 
@@ -67,6 +66,8 @@ class PosteriorOptimizer(Equations):
             if self._averaging:
                 self._averaging.begin()
             self._renew()
+            if not self._samples.count:
+                self._drawn = Drawn(self.param_groups)
             name = (TRAINING, self._samples.count)
         else:
             self._looked += 1
@@ -95,11 +96,17 @@ class PosteriorOptimizer(Equations):
         """Hold a sample from now on, renewed by every step, as schedule-free optimizers do.
 
         An unchanged training loop then trains the posterior. `eval()` goes back to the mean; call
-        it before validating and before saving the model.
+        it before validating and before saving the model, and before writing weights: what others
+        write into a sample is overwritten. Layers may be frozen and thawed, and options changed:
+        what holds a sample, and how wide it is, is settled anew by every step and by `train()`, and
+        each step learns with the `ess` and `weight_decay` that its sample was drawn with.
         """
         self._outside("train() and eval()")
         self._forget()
-        self._go((TRAINING, 0) if mode else None)
+        if not mode:
+            self._go(None)
+        elif self._at is None or self._stale():
+            self._redraw()
         for group in self.param_groups:
             group["training"] = mode
 
@@ -114,27 +121,47 @@ class PosteriorOptimizer(Equations):
 
     @contextmanager
     def _holding(self, name: tuple[int, int] | None) -> Iterator[None]:
-        before = self._at
+        before, held = self._at, self._held
         self._open += 1
         try:
             self._go(name)
             yield
         finally:
             self._open -= 1
-            self._go(before)
+            self._go(before, held)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def _go(self, name: tuple[int, int] | None) -> None:
-        """Move the parameters to the sample with this name, or to the mean."""
+    def _go(self, name: tuple[int, int] | None, held: set[Tensor] | None = None) -> None:
+        """Move to the sample with this name, of all that is not frozen if not told, or the mean."""
         if name == self._at:
             return
+        self._watch.end(self._held)
         if self._at is not None:
             self._rest()
         if name is not None:
             self._at, self._aside = name, None
-            self._held = self._free()
-            self._place(self._held)
+            self._held = self._free() if held is None else held
+            try:
+                self._place(self._held)
+            except BaseException:
+                self._rest()
+                raise
         _distributed.drop_copies(self._held)
+        if self._at is not None and not self._open:
+            self._watch.begin(self._held)
+
+    def _redraw(self) -> None:
+        """Hold a sample of what is not frozen now, with the options that there are now."""
+        self._go(None)
+        self._drawn = Drawn(self.param_groups)
+        self._go((TRAINING, 0))
+
+    def _stale(self) -> bool:
+        """Whether layers were frozen or thawed, or options changed, since the sample was drawn."""
+        free = sum([p.requires_grad for group in self.param_groups for p in group["params"]])
+        same = free == len(self._held) and all([p.requires_grad for p in self._held])
+        return not same or self._drawn.changed(self.param_groups)
 
     def _rest(self) -> None:
         """Back to the mean. Whenever an interrupt comes, the rest of the list can be undone."""
@@ -146,11 +173,14 @@ class PosteriorOptimizer(Equations):
         """Write samples into parameters that are at the mean now."""
         works = self._works(parameters)
         self._placed.extend(works)
-        for work in works:
-            work.place(self, fresh=True)
+        learning = self._at is not None and self._at[0] == TRAINING
+        with self._drawn.again(self.param_groups) if learning else nullcontext():
+            for work in works:
+                work.place(self, fresh=True)
 
     # ---- a step -------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update the posterior from the gradients of the samples since the last step.
@@ -167,16 +197,22 @@ class PosteriorOptimizer(Equations):
         """
         self._outside("step()")
         loss = None if closure is None else self._evaluate(closure)
-        learning = {p for p in self._held if p.grad is not None}
+        self._watch.end(self._held)
+        learning = {p for p in self._held if p.grad is not None and p.requires_grad}
         _state.check_gradients(self.param_groups, self.training or self._samples.count > 0)
         if self._at is not None:
             self._learned(0)
         if learning and self._finite(learning):
             self._agreement.check(self._samples.count)
             self._samples.rescale(self.state)
-            self._update(learning)
+            with self._drawn.again(self.param_groups):
+                self._update(learning)
         self._forget()
         self._renew()
+        if self._at is not None:
+            self._watch.begin(self._held)
+            if self._stale():
+                self._redraw()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -215,8 +251,9 @@ class PosteriorOptimizer(Equations):
         """Note what a sample says about curvature by the gradients that parameters hold now."""
         if self._averaging:
             return self._averaging.add(parameters, self.state, weight)
-        for work in self._works(parameters):
-            work.add(self, number, weight)
+        with self._drawn.again(self.param_groups):
+            for work in self._works(parameters):
+                work.add(self, number, weight)
 
     def _learned(self, number: int) -> None:
         """The gradients of the sample that is held are there."""
@@ -237,12 +274,13 @@ class PosteriorOptimizer(Equations):
         ok = _state.finite(chain.from_iterable(w.signs() for w in self._works(learning)))
         ok = _state.agreed(ok, learning)
         if not (ok or self._warned):
-            warnings.warn(_state.NOT_FINITE, RuntimeWarning, stacklevel=4)
+            warnings.warn(_state.NOT_FINITE, RuntimeWarning, stacklevel=7)
         self._warned |= not ok
         return ok
 
     # ---- groups, saving and loading -----------------------------------------------------------
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, such as layers that thaw; their averages and their steps begin now."""
@@ -263,8 +301,11 @@ class PosteriorOptimizer(Equations):
             self._ready(group, p)
         self._index = _pieces.index(g["params"] for g in self.param_groups)
         if self._at is not None:
+            self._watch.end(self._held)
+            self._drawn.add(group)
             self._held.update(own)
             self._place(own)
+            self._watch.begin(self._held)
 
     def state_dict(self) -> dict[str, Any]:
         """State and options. At rest the mean is the parameter itself and is not saved twice.
@@ -281,8 +322,12 @@ class PosteriorOptimizer(Equations):
         spare = {(name, i) for i, _ in own for name in self._transient}
         if self._at is None:
             spare |= {("mean", i) for i, p in own if not self._apart(p.dtype)}
+        for _, p in own if self._at is not None else ():
+            if p not in self._held and "mean" in self.state.get(p, {}) and not self._apart(p.dtype):
+                local(self.state[p]["mean"]).copy_(local(p.detach()))  # where a sample was aside
         return _state.saved(super().state_dict(), spare, self._at is not None)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`, bit by bit. The model loads its own parameters.
@@ -309,6 +354,7 @@ class PosteriorOptimizer(Equations):
         self._at = (TRAINING, 0) if self.training else None
         own = [(group, p) for group in self.param_groups for p in group["params"]]
         self._held = {p for _, p in own if self.training and "mean" in self.state.get(p, {})}
+        self._drawn = Drawn(self.param_groups)
         for group, p in own:
             if p in self.state:
                 self._ready(group, p)
@@ -316,13 +362,13 @@ class PosteriorOptimizer(Equations):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy take along."""
-        ours = ("_at", "_aside", "_open", "_looked", "_warned", "_samples", "_held")
+        ours = ("_at", "_aside", "_open", "_looked", "_warned", "_samples", "_held", "_drawn")
         return super().__getstate__() | {name: getattr(self, name) for name in ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What is derived is derived again."""
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._watch = {}, Watch()
         if "_agreement" not in self.__dict__:  # a copy, and not a loaded state
             self._agreement = Agreement()
         self._index = _pieces.index(group["params"] for group in self.param_groups)
@@ -334,46 +380,11 @@ class PosteriorOptimizer(Equations):
         own = self._rank > 0 and at[0] == TRAINING
         return super()._name(group, at, ahead) + ((self._rank,) if own else ())
 
-    def _free(self) -> set[Tensor]:
-        """The parameters that are not frozen."""
-        return {p for group in self.param_groups for p in group["params"] if p.requires_grad}
-
-    def _works(self, chosen: Iterable[Tensor]) -> tuple[Work, ...]:
-        """The units of work on the chosen parameters, once they have their states."""
-        ids = set(map(id, chosen))
-        members = [[p for p in g["params"] if id(p) in ids] for g in self.param_groups]
-        key = tuple(id(p) for some in members for p in some)
-        plan = self._plans.get(key)
-        if plan is None or not plan.stands():
-            jobs: list[Job] = []
-            for group, some in zip(self.param_groups, members, strict=True):
-                for p in some:
-                    self._ready(group, p)
-                windows = self._windows(group)
-                jobs += [(b, group) for b in _pieces.cut(some, self._index, self.state, windows)]
-            if len(self._plans) > 32:
-                self._plans.clear()
-            plan = self._plans[key] = Plan.of([*chain(*members)], self._divide(jobs))
-        return plan.works
-
-    def _divide(self, jobs: list[Job]) -> list[Work]:
-        """The units in which a back end works on pieces."""
-        return [Eager((job,)) for job in jobs]
-
     def _resume(self) -> None:
         """Know again what holds a sample, after loading."""
         self._placed = list(self._works(self._held)) if self._at is not None else []
         for work in self._placed:
             work.held = True
-
-    def _ready(self, group: dict[str, Any], p: Tensor) -> None:
-        """Give a parameter its state, or bring the state to where the parameter has moved."""
-        state = self.state[p]
-        if "mean" not in state:
-            state.update(self._initial(p, group) | state)
-            state["mean"] = self._unshown(p.detach().to(_state.dtype(p), copy=True), group)
-            local(p).copy_(local(self._shown(state["mean"])))
-        _state.fit(state, p)
 
     def _outside(self, what: str) -> None:
         if self._open:

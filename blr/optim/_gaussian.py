@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -30,26 +32,40 @@ class GaussianOptimizer(PosteriorOptimizer):
         """q = N(m, diag(s)⁻¹) over the parameters that are not frozen, by name.
 
         Names are those of `model.named_parameters()` if the optimizer was given that; else the
-        numbers "0", "1", … of the parameters.
+        numbers "0", "1", … of the parameters, of which it remembers the tensors.
+
+        Raises:
+            ValueError: If all parameters are frozen.
         """
         mean, precision = {}, {}
         known = {p: name for name, p in _state.names(self.param_groups)}
-        self._works(self._free())
+        self._works(_state.free(self.param_groups))
         for group in self.param_groups:
             for p in filter(lambda p: p.requires_grad, group["params"]):
-                resting = self._at is None and not self._apart(p.dtype)
+                resting = (self._at is None or p not in self._held) and not self._apart(p.dtype)
                 mean[known[p]] = local(p if resting else self.state[p]["mean"])
                 delta = self.state[p].get("prior_precision", group["ess"] * group["weight_decay"])
                 precision[known[p]] = local(group["ess"] * self.state[p]["hess"] + delta)
-        return NamedGaussian.from_named(mean, precision)
+        q = NamedGaussian.from_named(mean, precision)
+        if any("param_names" in group for group in self.param_groups):
+            return q
+        return replace(q, tensors=WeakValueDictionary({name: p for p, name in known.items()}))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict`, bit by bit; see `PosteriorOptimizer`."""
+        with _state.loading(self):
+            super().load_state_dict(state_dict)
 
     def _check(self, group: dict[str, Any]) -> None:
         _options.check_common(group)
         _options.check_gaussian(group)
 
     def _initial(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        _state.check(p)
         momentum = torch.zeros_like(p, dtype=_state.dtype(p), requires_grad=False)
-        return {"momentum": momentum, "hess": torch.full_like(momentum, group["hess_init"])}
+        state = {"momentum": momentum, "hess": torch.full_like(momentum, group["hess_init"])}
+        thaws = p in self._index and "hess" not in self.state[p]
+        return self._decay(p, group) | state if thaws and self._has_prior(group) else state
 
     def _draw(self, b: Piece, group: dict[str, Any], mean: Tensor, noise: Tensor) -> Tensor:
         delta = self._prior(b, group).delta
@@ -67,6 +83,19 @@ class GaussianOptimizer(PosteriorOptimizer):
             like = torch.empty_like(p, dtype=_state.dtype(p), requires_grad=False)
             self.state[p]["prior_shift"] = like.copy_(lam1)
             self.state[p]["prior_precision"] = torch.empty_like(like).copy_(s)
+        for group in filter(self._has_prior, self.param_groups):
+            for p in filter(lambda p: p.requires_grad, group["params"]):
+                if "prior_precision" not in self.state[p]:
+                    self.state[p] |= self._decay(p, group)
+
+    def _has_prior(self, group: dict[str, Any]) -> bool:
+        return any("prior_precision" in self.state.get(p, {}) for p in group["params"])
+
+    def _decay(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Weight decay as a prior, as others have one in the group, which is worked on at once."""
+        zero = torch.zeros_like(p, dtype=_state.dtype(p), requires_grad=False)
+        s = torch.full_like(zero, group["ess"] * group["weight_decay"])
+        return {"prior_shift": zero, "prior_precision": s}
 
 
 def gathered(group: dict[str, Any]) -> float:

@@ -56,7 +56,7 @@ def check(group: dict[str, Any]) -> None:
 def _check_capturable(group: dict[str, Any]) -> None:
     if group["fused"] is False:
         raise ValueError("capturable=True needs the kernel, got fused=False; leave fused out")
-    for p in group["params"]:
+    for p in filter(lambda p: p.requires_grad, group["params"]):
         if p.device.type not in DEVICES or p.dtype not in TYPES or sharded(p):
             what = f"{'a shard' if sharded(p) else 'a tensor'} of {p.dtype} on {p.device}"
             raise ValueError(

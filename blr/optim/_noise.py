@@ -63,7 +63,7 @@ def normal(start: int, stop: int, name: tuple[int, ...], device: torch.device) -
     x = _pairs((last - first) * HALF, device) + signed(first * HALF)
     radius, t = polar(x.view(-1, HALF), key(*name, first * HALF >> 32))
     u = t * t
-    noise = torch.empty((last - first, 2, HALF), device=device)
+    noise = torch.empty((last - first, 2, HALF), dtype=torch.float32, device=device)
     torch.mul(radius, _polynomial(COS, u), out=noise[:, 0])
     torch.mul(radius, _polynomial(SIN, u).mul_(t), out=noise[:, 1])
     return noise.view(-1)[start - first * BLOCK : stop - first * BLOCK]
@@ -81,7 +81,7 @@ def _polynomial(coefficients: tuple[float, ...], u: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _scalar(value: float, device: torch.device) -> Tensor:
-    return torch.tensor(value, device=device)
+    return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 def polar(x: Tensor, keys: Sequence[int | Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,9 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 
 def number(
     options: dict[str, Any], name: str, low: float, remedy: str, *, closed: bool = False,
@@ -21,14 +24,21 @@ def number(
         TypeError: If it is not a number.
         ValueError: If it is out of range.
     """
-    try:
-        value = float(options[name])
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be a number, got {options[name]!r}; {remedy}") from error
+    value = options[name]
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}; {remedy}")
+    value = float(value)
     above = value >= low if closed else value > low
     if not above or math.isnan(value) or (math.isinf(value) and not infinite):
         what = f"at least {low:g}" if closed else f"greater than {low:g}"
         raise ValueError(f"{name} must be {what}, got {options[name]!r}; {remedy}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether that is a real number, of Python, NumPy or torch, and not the text of one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, int | float | np.integer | np.floating)
 
 
 def check_common(options: dict[str, Any]) -> None:
@@ -42,7 +52,7 @@ def check_common(options: dict[str, Any]) -> None:
 def check_gaussian(options: dict[str, Any]) -> None:
     """Check what Gaussian posteriors have beyond that: betas, weight_decay, hess_init."""
     betas = options["betas"]
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
+    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(map(is_number, betas))):
         raise TypeError(f"betas must be a pair of numbers, got {betas!r}; pass (0.9, 0.99999)")
     if not all(0 <= b < 1 for b in betas):
         raise ValueError(f"betas must be in [0, 1), got {betas!r}; pass such as (0.9, 0.99999)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from blr.optim.posterior import NamedGaussian
 
 def short(kind: torch.dtype) -> bool:
     """Whether a type has 16 bits or fewer: too few for averages that move by 1 − β₂."""
-    return torch.finfo(kind).bits <= 16
+    return kind.itemsize <= 2
 
 
 def dtype(p: Tensor) -> torch.dtype:
@@ -26,7 +27,7 @@ def dtype(p: Tensor) -> torch.dtype:
 
 
 def check(p: Tensor) -> None:
-    """Refuse parameters that have no posterior here.
+    """Refuse parameters that have no posterior here; those that are frozen need none.
 
     Raises:
         TypeError: If the parameter is not real, or a shard of the first kind of FSDP.
@@ -36,7 +37,7 @@ def check(p: Tensor) -> None:
             "params must be whole tensors or those of fully_shard, got shards of "
             "FullyShardedDataParallel, which do not know their place; use fully_shard (FSDP2)"
         )
-    if not p.is_floating_point():
+    if p.requires_grad and not p.is_floating_point():
         raise TypeError(
             f"params must be real floating-point tensors, got dtype {p.dtype}; "
             "freeze the others, or split a complex one into its real and imaginary parts"
@@ -63,6 +64,15 @@ def check_gradients(groups: list[dict[str, Any]], sampled: bool) -> None:
             "backward into `with optimizer.sampled_params(train=True):`, call optimizer.train() "
             "before the loop, or pass a closure"
         )
+    check_dense(gradients)
+
+
+def check_dense(gradients: Iterable[Tensor]) -> None:
+    """Refuse sparse gradients.
+
+    Raises:
+        TypeError: If one is sparse.
+    """
     for g in gradients:
         if g.is_sparse:
             raise TypeError(
@@ -72,8 +82,13 @@ def check_gradients(groups: list[dict[str, Any]], sampled: bool) -> None:
 
 
 def finite(gradients: Iterable[Tensor]) -> bool:
-    """Whether nothing is NaN or infinite."""
+    """Whether nothing is NaN or infinite.
+
+    Raises:
+        TypeError: If a gradient is sparse.
+    """
     gradients = list(gradients)
+    check_dense(gradients)
     sums: dict[torch.device, list[Tensor]] = {}
     for g in gradients:
         sums.setdefault(g.device, []).append(g.sum(dtype=dtype(g)))
@@ -138,8 +153,36 @@ def loaded(saved: dict[str, Any]) -> dict[str, Any]:
     return saved | {"state": state}
 
 
+@contextmanager
+def loading(optimizer: Optimizer) -> Iterator[None]:
+    """Around `load_state_dict`: what is loaded is what the last of its hooks leaves.
+
+    Raises:
+        ValueError: If that is the state of another kind of optimizer.
+    """
+
+    def note(_: Optimizer, saved: dict[str, Any]) -> None:
+        # Unpickling adds to the defaults, and not to the groups, what only other optimizers have.
+        needed = {*optimizer.defaults, "step"}.intersection(*optimizer.param_groups)
+        missing = {name for g in saved["param_groups"] for name in needed if name not in g}
+        if missing:
+            raise ValueError(
+                f"state_dict must be that of another {type(optimizer).__name__}, got one without "
+                f"{sorted(missing)}; load what such an optimizer has saved, or begin without"
+            )
+        vars(optimizer)["_hooked"] = saved
+
+    handle = optimizer.register_load_state_dict_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+        vars(optimizer).pop("_hooked", None)
+
+
 def reload(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Undo the cast of `Optimizer.load_state_dict` to the type of the parameter."""
+    saved = vars(optimizer).get("_hooked", saved)
     numbers = (i for group in saved["param_groups"] for i in group["params"])
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     for i, p in zip(numbers, parameters, strict=True):
@@ -158,30 +201,82 @@ def names(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
             number += 1
 
 
+def free(groups: list[dict[str, Any]]) -> list[Tensor]:
+    """The parameters of a posterior: those that are not frozen.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    every = [p for group in groups for p in group["params"]]
+    some = [p for p in every if p.requires_grad]
+    if not some:
+        raise ValueError(
+            f"posterior() needs a parameter that is not frozen, and all {len(every)} are frozen; "
+            "ask before you freeze them, or call requires_grad_(True)"
+        )
+    return some
+
+
 def priors(
     prior: DiagonalGaussian, groups: list[dict[str, Any]]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(parameter, λ₁, s) of a prior, for each parameter in the order of the optimizer.
+    """(parameter, λ₁, s) of a prior, for each parameter that it has, in its order.
 
     Raises:
         TypeError: If the prior is not a diagonal Gaussian.
-        ValueError: If its names or its size do not fit.
+        ValueError: If its names, shapes or size do not fit.
     """
     if not isinstance(prior, DiagonalGaussian):
         raise TypeError(
             f"prior must be a DiagonalGaussian, got {type(prior).__name__}; "
             "pass the posterior() of an optimizer, or DiagonalGaussian.from_moments(…)"
         )
-    shapes = {name: p.shape for name, p in names(groups)}
-    size = sum(shape.numel() for shape in shapes.values())
-    if prior.natural[0].shape != (size,):
+    every = [p for group in groups for p in group["params"]]
+    named = isinstance(prior, NamedGaussian)
+    params = counted(prior.natural[0], _covered(prior, groups) if named else every)
+    sizes = [p.numel() for p in params]
+    vectors = zip(params, prior.natural[0].split(sizes), prior.precision.split(sizes), strict=True)
+    yield from ((p, lam1.reshape(p.shape), s.reshape(p.shape)) for p, lam1, s in vectors)
+
+
+def counted(vector: Tensor, params: list[Tensor], what: str = "parameters") -> list[Tensor]:
+    """The parameters for whose entries a vector has the size: all, or those that are not frozen.
+
+    Raises:
+        ValueError: If it has neither.
+    """
+    frees = [p for p in params if p.requires_grad]
+    sizes = [sum(p.numel() for p in some) for some in (params, frees)]
+    if vector.ndim != 1 or len(vector) not in sizes:
+        or_free = f", or of the {sizes[1]} that are not frozen" if len(frees) < len(params) else ""
         raise ValueError(
-            f"prior must have one entry for each of {size} parameters, got shape "
-            f"{tuple(prior.natural[0].shape)}; pass vectors in the order of the parameters"
+            f"prior must have one entry for each of {sizes[0]} {what}{or_free}, got shape "
+            f"{tuple(vector.shape)}; pass vectors in the order of the parameters"
         )
-    theirs = getattr(prior, "shapes", shapes)
-    if list(theirs.values()) != list(shapes.values()) and theirs != shapes:
-        raise ValueError(f"prior must have the shapes {shapes}, got {theirs}; check their order")
-    q = NamedGaussian(prior.natural, theirs if theirs.keys() == shapes.keys() else shapes)
-    lam1, s = q.named(q.natural[0]), q.named(q.precision)
-    yield from ((p, lam1[name], s[name]) for name, p in names(groups))
+    return params if len(vector) == sizes[0] else frees
+
+
+def _covered(prior: NamedGaussian, groups: list[dict[str, Any]]) -> list[Tensor]:
+    """The parameters that a prior has: those same tensors, or of its names, or of its numbers."""
+    own = dict(names(groups))
+    told = any("param_names" in group for group in groups) or prior.shapes.keys() == own.keys()
+    numbered = {str(i): p for i, p in enumerate(own.values()) if p.requires_grad}
+    ids = {id(p): p for p in own.values()}
+    found = [ids[id(p)] for p in map(prior.tensors.get, prior.shapes) if id(p) in ids]
+    if len(found) < len(prior.shapes):
+        if told and prior.shapes.keys() <= own.keys():
+            found = [own[name] for name in prior.shapes]
+        # Numbers from 0 on may be those of a part of a model, which need not be the part here.
+        elif list(prior.shapes) == list(numbered) != [str(i) for i in range(len(numbered))]:
+            found = list(numbered.values())
+        else:
+            found = list(own.values())
+    if [p.shape for p in found] != list(prior.shapes.values()):
+        fits = {name for name, p in own.items() if told and p.shape == prior.shapes.get(name)}
+        wrong = [repr(name) for name in prior.shapes if name not in fits]
+        raise ValueError(
+            "prior must be over parameters of the optimizer, got "
+            f"{', '.join(wrong[:4])}{', …' * (len(wrong) > 4)}, which it does not have, or in "
+            "other shapes, or without a name; give model.named_parameters() to both optimizers"
+        )
+    return found

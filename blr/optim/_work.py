@@ -9,14 +9,17 @@ that its numbers stay in the cache; a kernel may take many tensors at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from blr.optim import _pieces, _state
 from blr.optim._equations import Equations
-from blr.optim._pieces import Job
+from blr.optim._pieces import Job, local
 
 TRAINING, LOOKING = 0, 1
 """Streams of noise: samples that are learned from, and samples that are only looked at."""
@@ -170,3 +173,51 @@ class Plan:
 
 def _places(parameters: Sequence[Tensor]) -> tuple[tuple[object, ...], ...]:
     return tuple((p.device, p.dtype, p.stride()) for p in parameters)
+
+
+class Divided(Equations):
+    """An optimizer whose parameters are divided into units of work."""
+
+    _plans: dict[tuple[int, ...], Plan]
+    _index: dict[Tensor, int]  # the global index of the first element of each parameter
+
+    def _free(self) -> set[Tensor]:
+        """The parameters that are not frozen."""
+        return {p for group in self.param_groups for p in group["params"] if p.requires_grad}
+
+    def _works(self, chosen: Iterable[Tensor]) -> tuple[Work, ...]:
+        """The units of work on the chosen parameters, once they have their states."""
+        ids = set(map(id, chosen))
+        members = [[p for p in g["params"] if id(p) in ids] for g in self.param_groups]
+        key = tuple(id(p) for some in members for p in some)
+        plan = self._plans.get(key)
+        if plan is None or not plan.stands():
+            if len(self._plans) > 32:
+                self._plans.clear()
+            plan = self._plans[key] = self._plan(members)
+        return plan.works
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _plan(self, members: list[list[Tensor]]) -> Plan:
+        """The work on some parameters of each group, which have their states then."""
+        jobs: list[Job] = []
+        for group, some in zip(self.param_groups, members, strict=True):
+            for p in some:
+                self._ready(group, p)
+            windows = self._windows(group)
+            jobs += [(b, group) for b in _pieces.cut(some, self._index, self.state, windows)]
+        return Plan.of([*chain(*members)], self._divide(jobs))
+
+    def _divide(self, jobs: list[Job]) -> list[Work]:
+        """The units in which a back end works on pieces."""
+        return [Eager((job,)) for job in jobs]
+
+    def _ready(self, group: dict[str, Any], p: Tensor) -> None:
+        """Give a parameter its state, or bring the state to where the parameter has moved."""
+        state = self.state[p]
+        if "mean" not in state:
+            state.update(self._initial(p, group) | state)
+            state["mean"] = self._unshown(p.detach().to(_state.dtype(p), copy=True), group)
+            local(p).copy_(local(self._shown(state["mean"])))
+        _state.fit(state, p)

@@ -36,8 +36,8 @@ class BayesBiNN(PosteriorOptimizer):
         beta: Decay β of the average of natural gradients.
         temperature: Weight T of the entropy.
         seed: Says which noise, together with step, sample and place.
-        prior: λ₀ of all weights, shape (P,), such as half of `posterior().natural` of an earlier
-            task; 0, all signs equally probable, if missing.
+        prior: λ₀ of all weights, or of those that are not frozen, shape (P,), such as half of
+            `posterior().natural` of an earlier task; 0, all signs equally probable, where missing.
 
     Raises:
         ValueError: If an option is out of its range, naming it, its value and the remedy.
@@ -61,19 +61,30 @@ class BayesBiNN(PosteriorOptimizer):
             self._set_prior(prior)
 
     def posterior(self) -> Bernoulli:
-        """q over the weights that are not frozen, one after the other: P(θ = 1) = σ(2λ)."""
-        chosen = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        """q over the weights that are not frozen, one after the other: P(θ = 1) = σ(2λ).
+
+        Raises:
+            ValueError: If all are frozen.
+        """
+        chosen = _state.free(self.param_groups)
         return Bernoulli(2 * torch.cat([self.state[p]["mean"].flatten() for p in chosen]))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict`, bit by bit; see `PosteriorOptimizer`."""
+        with _state.loading(self):
+            super().load_state_dict(state_dict)
 
     def _check(self, group: dict[str, Any]) -> None:
         _options.check_common(group)
         _options.number(group, "natural_init", 0, "pass such as 10, or 1 for open signs")
         _options.number(group, "relaxation", 0, "pass 1, or less for signs that are less relaxed")
         _options.number(group, "temperature", 0, "pass 1, or 0 to give up the width", closed=True)
-        if not 0 <= group["beta"] < 1:
+        _options.number(group, "beta", 0, "pass such as 0.99", closed=True)
+        if not group["beta"] < 1:
             raise ValueError(f"beta must be in [0, 1), got {group['beta']!r}; pass such as 0.99")
 
     def _initial(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        _state.check(p)
         return {"momentum": torch.zeros_like(p, dtype=_state.dtype(p), requires_grad=False)}
 
     def _apart(self, dtype: torch.dtype) -> bool:
@@ -112,12 +123,9 @@ class BayesBiNN(PosteriorOptimizer):
 
     @torch.no_grad()
     def _set_prior(self, prior: Tensor) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        size = sum(p.numel() for p in params)
-        if prior.shape != (size,):
-            raise ValueError(
-                f"prior must have one entry for each of {size} weights, got shape "
-                f"{tuple(prior.shape)}; pass λ₀ in the order of the parameters"
-            )
-        for p, lam0 in zip(params, prior.split([p.numel() for p in params]), strict=True):
-            self.state[p]["prior"] = lam0.reshape(p.shape).to(local(p).device, _state.dtype(p))
+        every = [p for group in self.param_groups for p in group["params"]]
+        params = _state.counted(prior, every, "weights")
+        given = dict(zip(params, prior.split([p.numel() for p in params]), strict=True))
+        for p in every:
+            lam0 = given[p].reshape(p.shape) if p in given else torch.zeros(p.shape)
+            self.state[p]["prior"] = lam0.to(local(p).device, _state.dtype(p))

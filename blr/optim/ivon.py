@@ -6,6 +6,13 @@ One gradient at a sample gives both the slope and the curvature: the product of 
 own noise is, on average, the second derivative. The running average h of that curvature scales the
 steps, as in Adam, and it is the width of the posterior. Five lines, in `_functional.ivon_step_`.
 
+Departures from the published algorithm and package: The noise is a function of seed, step, sample
+and element, and not drawn from a generator. Loss scaling, and clipping by the norm, before the step
+reach the curvature as well. A parameter without a gradient stays as it is: it does not decay, and
+its averages do not age. A step with a NaN or an infinite gradient is skipped, and a sample whose
+context raised teaches nothing. For parameters of 16 bits, mean and averages are kept in float32.
+Weight decay may be a Gaussian prior. Squared gradients in the place of the product are not offered.
+
 References: Shen et al. (2024), Variational learning is effective for large deep networks.
 """
 
@@ -40,9 +47,12 @@ class IVON(GaussianOptimizer):
         betas: Decays β₁ of the gradient and β₂ of the curvature.
         weight_decay: δ, the precision of the prior divided by `ess`.
         clip_radius: Largest step of a parameter in units of α.
-        debias: Divide ḡ by the weight 1 − β₁ᵗ that it has gathered.
+        debias: Divide ḡ by the weight 1 − β₁ᵗ that it has gathered. The steps t are those of the
+            group, also for a parameter that joins later, which therefore starts slowly.
         rescale_lr: Multiply α by h₀ + δ, so that `lr` does not depend on them.
-        seed: Says which noise, together with step, sample and place.
+        seed: Says which noise, together with step, sample and place. Two optimizers on parts of one
+            model need different seeds: equal noise on two parameters would count their joint
+            curvature for that of each.
         fused: On a GPU, None and True are one Triton kernel for sample and step. On the CPU, True
             compiles them, which takes some seconds at first and needs a C++ compiler. False is
             plain torch, and so are parameters of float64 on a GPU, and None on the CPU.
@@ -50,13 +60,14 @@ class IVON(GaussianOptimizer):
             gradients and everything that follows from them stay on the GPU, and so may `lr`, a
             tensor there. One sample per step can be recorded; skipped steps are told of later, by
             `eval` and `state_dict`.
-        prior: A Gaussian over all parameters, in place of weight decay; such as the `posterior()`
-            of an earlier task.
+        prior: A Gaussian over the parameters, in place of weight decay; such as the `posterior()`
+            of an earlier task. What it does not have, such as layers that were frozen, has weight
+            decay; give names to both optimizers, so that it is known which these are.
 
     Raises:
         ValueError: If an option is out of its range, naming it, its value and the remedy.
         RuntimeError: If there is nothing to compile with what `fused` or `capturable` asks for.
-        TypeError: If a parameter is not real, or `prior` is not a Gaussian.
+        TypeError: If a parameter is not frozen and not real, or `prior` is not a Gaussian.
     """
 
     _skipped: Tensor | None = None  # recorded steps whose gradients were not finite

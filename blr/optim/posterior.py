@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,12 +25,18 @@ class NamedGaussian(DiagonalGaussian):
     Args:
         natural: λ = (s∘m, −½s), both of shape (P,).
         shapes: Name and shape of each parameter, in the order of the vectors.
+        tensors: The parameters of an optimizer that knows no names, by their numbers, as long as
+            they live. Not saved and not copied.
 
     Raises:
         ValueError: If the shapes do not have P entries together.
     """
 
     shapes: Mapping[str, torch.Size] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"tensors": {}}
 
     def _validate(self) -> None:
         super()._validate()

@@ -44,7 +44,7 @@ class VOGN(GaussianOptimizer):
         debias: Divide ḡ by the weight 1 − β₁ᵗ that it has gathered. The published buffer adds
             gradients without the factor 1 − β₁ and has no such division.
         seed: Says which noise, together with step, sample and place.
-        prior: A Gaussian over all parameters, in place of weight decay.
+        prior: A Gaussian over the parameters, in place of weight decay; see `IVON`.
 
     Raises:
         ValueError: If an option is out of its range, naming it, its value and the remedy.
@@ -82,7 +82,8 @@ class VOGN(GaussianOptimizer):
         """Add the mean of the examples' gradients to `p.grad`, and note the mean of their squares.
 
         Args:
-            model: The model. BatchNorm in training mode mixes examples and is refused by `vmap`.
+            model: The model, all of whose parameters get gradients, as from `loss.backward()`.
+                BatchNorm in training mode mixes examples and is refused by `vmap`.
             per_example_loss: From outputs and targets, shapes (1, ...), to a loss.
             inputs: Shape (B, ...).
             targets: Shape (B, ...).
@@ -91,7 +92,15 @@ class VOGN(GaussianOptimizer):
 
         Returns:
             The mean loss, detached.
+
+        Raises:
+            ValueError: If there is no example.
         """
+        if not len(inputs):
+            raise ValueError(
+                f"inputs must have at least one example, got shape {tuple(inputs.shape)}; skip "
+                "empty batches"
+            )
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
         def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -102,7 +111,7 @@ class VOGN(GaussianOptimizer):
         params = {name: p.detach() for name, p in named.items()}
         total = inputs.new_zeros(())
         for p in named.values():
-            if "squares" not in self.state[p]:
+            if p in self._index and "squares" not in self.state[p]:
                 self.state[p]["squares"] = torch.zeros_like(p, requires_grad=False)
         for x, y in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
             gradients, losses = one_by_one(params, x, y)
@@ -124,7 +133,8 @@ class VOGN(GaussianOptimizer):
     def _note(self, p: Tensor, gradients: Tensor, weight: float) -> None:
         mean = gradients.sum(0).mul_(weight)
         p.grad = mean if p.grad is None else p.grad.add_(mean)
-        self.state[p]["squares"].add_(gradients.square_().sum(0), alpha=weight)
+        if p in self._index:
+            self.state[p]["squares"].add_(gradients.square_().sum(0), alpha=weight)
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
