@@ -294,7 +294,7 @@ def choose(
 
 
 def collect(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means and standard errors over runs; bins are added."""
+    """Means and standard errors over runs, and the values, as runs share splits; bins are added."""
     result: dict[str, Any] = {}
     for name, first in found[0].items():
         values = [run[name] for run in found]
@@ -305,7 +305,7 @@ def collect(found: list[dict[str, Any]]) -> dict[str, Any]:
         elif isinstance(first, Mapping):
             result[name] = collect(values)
         elif isinstance(first, float):
-            result[name] = mean_and_error(values)
+            result[name] = {**mean_and_error(values), "values": values}
     return result
 
 
