@@ -1,6 +1,6 @@
 """Does averaging over a posterior calibrate a network? AdamW, SGD and IVON at equal epochs.
 
-    python experiments/calibration.py            # an hour and a half on one core
+    python experiments/calibration.py            # some two hours on one core
     python experiments/calibration.py --quick --work DIR --out FILE     # seconds: does it run?
 
 Each optimizer gets the same number of configurations, six learning rates times six ways of holding
