@@ -342,12 +342,14 @@ class PosteriorOptimizer(Divided):
 
         Raises:
             RuntimeError: If it is called inside of a context.
-            ValueError: If the saved model holds a sample and the means are missing.
+            ValueError: If the saved model holds a sample and the means are missing, or if this is
+                the state of another kind of optimizer.
         """
         self._outside("load_state_dict()")
         state_dict = _state.loaded(state_dict)
-        super().load_state_dict(state_dict)
-        _state.reload(self, state_dict)
+        with _state.loading(self) as hooked:
+            super().load_state_dict(state_dict)
+        _state.reload(self, hooked[-1])
         self._forget()
         self._plans.clear()
         self._looked, self._aside = 0, None

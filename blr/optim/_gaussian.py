@@ -51,17 +51,11 @@ class GaussianOptimizer(PosteriorOptimizer):
             return q
         return replace(q, tensors=WeakValueDictionary({name: p for p, name in known.items()}))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict`, bit by bit; see `PosteriorOptimizer`."""
-        with _state.loading(self):
-            super().load_state_dict(state_dict)
-
     def _check(self, group: dict[str, Any]) -> None:
         _options.check_common(group)
         _options.check_gaussian(group)
 
     def _initial(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        _state.check(p)
         momentum = torch.zeros_like(p, dtype=_state.dtype(p), requires_grad=False)
         state = {"momentum": momentum, "hess": torch.full_like(momentum, group["hess_init"])}
         thaws = p in self._index and "hess" not in self.state[p]

@@ -154,8 +154,8 @@ def loaded(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def loading(optimizer: Optimizer) -> Iterator[None]:
-    """Around `load_state_dict`: what is loaded is what the last of its hooks leaves.
+def loading(optimizer: Optimizer) -> Iterator[list[dict[str, Any]]]:
+    """Around `load_state_dict`: a list that will have what the last of its hooks leaves.
 
     Raises:
         ValueError: If that is the state of another kind of optimizer.
@@ -170,19 +170,18 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
                 f"state_dict must be that of another {type(optimizer).__name__}, got one without "
                 f"{sorted(missing)}; load what such an optimizer has saved, or begin without"
             )
-        vars(optimizer)["_hooked"] = saved
+        hooked.append(saved)
 
+    hooked: list[dict[str, Any]] = []
     handle = optimizer.register_load_state_dict_pre_hook(note)
     try:
-        yield
+        yield hooked
     finally:
         handle.remove()
-        vars(optimizer).pop("_hooked", None)
 
 
 def reload(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Undo the cast of `Optimizer.load_state_dict` to the type of the parameter."""
-    saved = vars(optimizer).get("_hooked", saved)
     numbers = (i for group in saved["param_groups"] for i in group["params"])
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     for i, p in zip(numbers, parameters, strict=True):

@@ -217,6 +217,7 @@ class Divided(Equations):
         """Give a parameter its state, or bring the state to where the parameter has moved."""
         state = self.state[p]
         if "mean" not in state:
+            _state.check(p)
             state.update(self._initial(p, group) | state)
             state["mean"] = self._unshown(p.detach().to(_state.dtype(p), copy=True), group)
             local(p).copy_(local(self._shown(state["mean"])))

@@ -69,11 +69,6 @@ class BayesBiNN(PosteriorOptimizer):
         chosen = _state.free(self.param_groups)
         return Bernoulli(2 * torch.cat([self.state[p]["mean"].flatten() for p in chosen]))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict`, bit by bit; see `PosteriorOptimizer`."""
-        with _state.loading(self):
-            super().load_state_dict(state_dict)
-
     def _check(self, group: dict[str, Any]) -> None:
         _options.check_common(group)
         _options.number(group, "natural_init", 0, "pass such as 10, or 1 for open signs")
@@ -84,7 +79,6 @@ class BayesBiNN(PosteriorOptimizer):
             raise ValueError(f"beta must be in [0, 1), got {group['beta']!r}; pass such as 0.99")
 
     def _initial(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        _state.check(p)
         return {"momentum": torch.zeros_like(p, dtype=_state.dtype(p), requires_grad=False)}
 
     def _apart(self, dtype: torch.dtype) -> bool:
