@@ -75,8 +75,8 @@ def finite(name: str, x: Tensor) -> Tensor:
 def positive(name: str, x: Tensor, remedy: str = "pass a positive number") -> Tensor:
     """Check that every entry is finite and greater than zero."""
     finite(name, x)
-    # The least entry tells it four times faster than a comparison of every one.
-    if not (x.numel() and bool(x.detach().min() > 0)):
+    # The least entry tells it faster than a comparison of every one, and `amin` faster than `min`.
+    if not (x.numel() and bool(x.detach().amin() > 0)):
         require(x.detach() > 0, name, "positive", x, remedy)
     return x
 

@@ -18,7 +18,7 @@ Bachmann & Khan (2020), Training binary neural networks using the Bayesian learn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -215,8 +215,8 @@ def at_samples(
     G = [grad(loss)(t) for t in theta]
     H = [curvature(loss, t, g) for t, g in zip(theta, G, strict=True)]
     # E[∇R] = δm is known: no noise from the prior.
-    g = torch.stack(G).mean(0) - _prior_precision(loss) * (theta.mean(0) - q.mean)
-    return g, torch.stack(H).mean(0)
+    g = _average(G) - _prior_precision(loss) * (_average(theta) - q.mean)
+    return g, _average(H)
 
 
 def reparametrized(
@@ -233,11 +233,11 @@ def reparametrized(
     G, move = vmap(grad(loss))(theta), theta - m
     if isinstance(q, DiagonalGaussian) and not isinstance(delta, Tensor) and delta == 0:
         # In few passes over the parameters, and in little new memory.
-        return G.mean(0), move.mul_(G).mean(0).mul_(q.precision)
+        return _average(G), _average(move.mul_(G)).mul_(q.precision)
     G = G - delta * theta
-    g = G.mean(0) + delta * m
+    g = _average(G) + delta * m
     if isinstance(q, DiagonalGaussian):
-        return g, q.precision * (move * G).mean(0) + delta
+        return g, q.precision * _average(move * G) + delta
     H = q.precision @ move.mT @ G / num_samples
     return g, 0.5 * (H + H.mT) + _diagonal(delta, m)
 
@@ -288,7 +288,7 @@ def squared_batch_gradient(loss: Loss, theta: Tensor, gradient: Tensor) -> Tenso
 
 def no_curvature(loss: Loss, theta: Tensor, gradient: Tensor) -> Tensor:
     """Zero: a Gaussian whose precision is known asks for none."""
-    return torch.zeros_like(theta)
+    return theta.new_zeros(()).expand_as(theta)
 
 
 def _exact_curvature(q: AnyGaussian) -> Curvature:
@@ -299,6 +299,13 @@ def _exact_curvature(q: AnyGaussian) -> Curvature:
 
 def _prior_precision(loss: Any) -> float | Tensor:
     return loss.prior_precision if isinstance(loss, TotalLoss) else 0.0
+
+
+def _average(samples: Sequence[Tensor] | Tensor) -> Tensor:
+    """Their mean; of one sample, itself without a copy."""
+    if len(samples) == 1:
+        return samples[0]
+    return (samples if isinstance(samples, Tensor) else torch.stack(tuple(samples))).mean(0)
 
 
 def _diagonal(delta: float | Tensor, like: Tensor) -> Tensor:

@@ -38,9 +38,15 @@ def learn(q: Q, gradient: Tree, lr: float = 1.0, temperature: float = 1.0) -> Q:
         ValueError: If the step leaves the domain of the family, naming the block that does.
     """
     rho, T = lr, temperature
-    # The entropy first: at ρ = T = 1 it cancels λ without rounding.
-    kept = _tree.add(q.natural, q.entropy_gradient(), rho * T)
-    return _at(q, _tree.add(kept, gradient, -rho), lr)
+    kept = _kept(q, rho * T)  # λ + ρT ∇_μH
+    return _at(q, _tree.add_to(kept, gradient, -rho), rho)
+
+
+def _kept(q: Any, rate: float) -> Tree:
+    """λ + c∇_μH, in memory of its own; at c = 1 nothing is left of a constant h's λ."""
+    if type(q).entropy_gradient is ExponentialFamily.entropy_gradient:
+        return _tree.scale(1 - rate, q.natural)
+    return _tree.add(q.natural, q.entropy_gradient(), rate)
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Rule:
 
     def posteriors(self, losses: Iterable[Any], q: Q) -> Iterator[Q]:
         """q after each step, one step for each of `losses`, starting from q."""
-        previous, mean = q, _tree.scale(0.0, q.natural)
+        previous, mean = q, _tree.scale(0.0, q.natural) if self.average else ()
         for t, loss in enumerate(losses, 1):
             rho = self.lr(t) if callable(self.lr) else self.lr
             gradient, T = self.gradient(loss, q), self.temperature
@@ -78,9 +84,13 @@ class Rule:
                 gradient, T = _tree.scale(1 / (1 - self.average**t), mean), 0.0
             after = self.step(q, gradient, rho, T)
             if self.momentum:
-                ball = _tree.scale(self.momentum, _tree.sub(q.natural, previous.natural))
-                after = _at(q, _tree.add(after.natural, ball), rho)
-            q, previous = after, q
+                move = _tree.sub(q.natural, previous.natural)
+                after = _at(q, _tree.add(after.natural, move, self.momentum), rho)
+                previous = q
+                del move
+            q = after
+            # What nobody needs gives its memory to the next step, since new memory is slow to get.
+            del gradient, after
             yield q
 
 

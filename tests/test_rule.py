@@ -84,6 +84,41 @@ def test_one_step_is_the_weighted_mean_of_old_and_new():
 
 
 @pytest.mark.parametrize(
+    "q",
+    [
+        blr.DiagonalGaussian.from_moments([1.0, -2.0], [2.0, 0.3]),
+        blr.FixedGaussian.from_moments([1.0, -2.0], 3.0),
+        blr.Poisson.from_rate([3.2, 0.1]),
+        blr.Product.from_factors(
+            w=blr.FixedGaussian.from_moments([1.0, -2.0], 3.0),
+            z=blr.Bernoulli.from_probability(0.4),
+        ),
+    ],
+    ids=lambda q: type(q).__name__,
+)
+def test_a_step_leaves_what_it_was_given_as_it_was(q):
+    gradient = _tree.tree_map(lambda x: 0.1 * x.cos(), q.natural)
+    given = [*_tree.leaves(q.natural), *_tree.leaves(gradient)]
+    before = [x.clone() for x in given]
+    after = blr.learn(q, gradient, lr=0.3, temperature=0.5)
+    assert all(map(torch.equal, given, before))
+    trees = (after.natural, q.natural, q.entropy_gradient(), gradient)
+    for new, lam, slope, g in zip(*map(_tree.leaves, trees), strict=True):
+        close(new, lam + 0.15 * slope - 0.3 * g)
+
+
+def test_a_batch_of_gradients_or_of_more_digits_gives_what_broadcasting_says():
+    q = blr.DiagonalGaussian.from_moments(torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5]))
+    g, h = torch.randn(5, 2).double(), torch.rand(5, 2).double()
+    after = blr.learn(q, (g, h), lr=0.5)
+    assert after.batch_shape == (5,)
+    assert after.dtype == torch.float64
+    for i in range(5):
+        one = blr.learn(q.at(tuple(x.double() for x in q.natural)), (g[i], h[i]), lr=0.5)
+        close(tuple(x[i] for x in after.natural), one.natural)
+
+
+@pytest.mark.parametrize(
     ("q", "gradient"),
     [
         (blr.Gamma.from_shape_rate(2.5, 1.7), (torch.tensor(-0.4), torch.tensor(0.9))),

@@ -51,7 +51,7 @@ class FixedGaussian(ExponentialFamily):
         """
         m = _validate.finite("mean", _validate.vector("mean", _validate.as_float("mean", mean)))
         m, S = _validate.common(m, _validate.as_float("precision", precision))
-        S, _ = _checked(S, m.shape[-1])
+        _checked(S, m.shape[-1])
         return cls(natural=_times(m, S), precision=S)
 
     @classmethod

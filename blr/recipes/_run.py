@@ -36,7 +36,8 @@ def run(
 ) -> Iterator[Any]:
     """The posteriors of a recipe, one after each step.
 
-    They come as they are computed: `for q in blr.run(…)` can be left at any step, `list` keeps all.
+    They come as they are computed: `for q in blr.run(…)` can be left at any step, `list`, and
+    `*_, q` too, keep all of them in memory.
 
     Args:
         recipe: A `Rule`, a `DiagonalRule`, or what a row of `TABLE` builds.
