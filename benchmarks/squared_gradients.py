@@ -5,7 +5,8 @@
 `blr.gradients.squared_gradients` on a multilayer perceptron and on a small convolutional network,
 128 examples at once, one thread, timed in turn. The same sums by `torch.func.vmap(grad)` are taken
 at once and, because they need P numbers for each example, also in chunks of 16. `gradient` is one
-ordinary gradient of the minibatch.
+ordinary gradient of the minibatch. Linear layers never form a gradient of one example. Layers with
+positions, such as convolutions, must, as vmap(grad) does, and what is saved there is memory.
 """
 
 from __future__ import annotations

@@ -273,7 +273,8 @@ def gauss_newton(loss: TotalLoss, theta: Tensor, gradient: Tensor) -> Tensor:
 def squared_gradients(loss: TotalLoss, theta: Tensor, gradient: Tensor) -> Tensor:
     """(N/|B|) Σᵢ (∇ℓᵢ)² + δ, shape (P,): the gradient of each example is squared, then added.
 
-    Fast for networks of linear layers and convolutions; see `blr.per_example`.
+    Fast for networks of linear layers, and in little memory for convolutions too; see
+    `blr.per_example`.
     """
     return loss.weight * per_example.sum_of_squares(loss, theta) + loss.prior_precision
 
