@@ -97,5 +97,5 @@ CONJUGATE_BAYES = Row(
     build=bayes,
     oracle="closed-form posteriors: beta, gamma and Gaussian",
     reference="Bayes (1763); Raiffa & Schlaifer (1961)",
-    equation="eq-br-average",
+    equation="eq-br-bayes",
 )

@@ -1,6 +1,7 @@
-"""The table that ends Part II: two blocks of book/table.md, from `blr.TABLE` and its oracles.
+"""The table that ends Part II: the blocks of book/table.md, from `blr.TABLE` and measurements.
 
     make_table.py             write the blocks, with the deviations in book/results/table.json
+                              and the ratios in benchmarks/results/
     make_table.py --measure   first run every oracle and write book/results/table.json
     make_table.py --check     are the blocks what would be written?
 
@@ -103,9 +104,44 @@ def tests() -> str:
     return table("tests", caption, head, lines)
 
 
+def speed() -> str:
+    """What the benchmarks of Part II measured: medians of ratios, in one run with the peer."""
+    found = {
+        name: json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+        for name in ("engine", "messages", "squared_gradients")
+    }
+    lines = []
+    for problem, what in (
+        ("cheap_loss", "the update alone"),
+        ("network", "with a network's gradient"),
+    ):
+        for name in ("sgd", "rule", "adam", "ivon"):
+            row = found["engine"][problem][name]
+            hand, tuned = (row[f"engine_over_{peer}"]["median"] for peer in ("hand", "tuned"))
+            cost = f"{hand:.2f}× the time of lines by hand, {tuned:.2f}× of tuned ones"
+            lines.append([f"`blr.run`, 10⁶ parameters, {name}, {what}", cost])
+    for name, row in found["messages"].items():
+        if isinstance(row, dict) and "scikit_learn_over_blr" in row:
+            sizes = ", ".join(f"{k} {v:,}" for k, v in row.items() if isinstance(v, int))
+            ratio = row["scikit_learn_over_blr"]["median"]
+            what = f"{name.partition('_')[0].upper()}: {sizes}"
+            lines.append([what, f"{ratio:.2f}× as fast as scikit-learn"])
+    for name in ("perceptron", "convolutions"):
+        row = found["squared_gradients"][name]
+        whole, chunks = (row[f"{part}vmap_over_blr"]["median"] for part in ("", "chunked_"))
+        cost = f"{whole:.1f}× as fast as vmap(grad), {chunks:.1f}× in chunks of 16"
+        lines.append([f"squared gradients of 128 examples, {name}", cost])
+    caption = "What it costs, measured by `make benchmark`: medians of ratios, one thread."
+    return table("speed", caption, "what, against its peer", lines)
+
+
 def rendered(page: str) -> str:
     """The page with its blocks written anew."""
-    blocks: dict[str, Callable[[], str]] = {"rows": rows, "tests": tests}
+    blocks: dict[str, Callable[[], str]] = {
+        "rows": rows,
+        "tests": tests,
+        "speed": speed,
+    }
     for name, block in blocks.items():
         pattern = re.compile(
             rf"(?<=^% {name}, written by make table\n\n).*?(?=\n\n% end$)", re.M | re.S
