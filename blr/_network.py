@@ -17,10 +17,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from blr._modules import call_with
 from blr.expfam import ExponentialFamily
 from blr.optim.posterior import NamedGaussian
 
@@ -121,7 +121,7 @@ def call(model: Module, tensors: dict[str, Tensor], x: Any) -> Tensor:
         )
     by_name = isinstance(x, Mapping)
     args = () if by_name else x if isinstance(x, tuple) else (x,)
-    f = functional_call(model, tensors, args, dict(x) if by_name else {})
+    f = call_with(model, tensors, args, dict(x) if by_name else {})
     if not isinstance(f, Tensor):
         raise TypeError(
             f"the model must return a tensor, got {type(f).__name__}; "

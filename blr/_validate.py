@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,19 @@ def require(ok: Tensor | bool, name: str, what: str, value: Tensor, remedy: str)
         bad = bad[~ok]
     got = f"{bad.reshape(-1)[0].item():.6g}" if bad.numel() == 1 else summary(bad)
     raise ValueError(f"{name} must be {what}, got {got}; {remedy}")
+
+
+def number(name: str, value: Any, holds: Callable[[Any], bool], what: str) -> None:
+    """Refuse a number that is out of its range; a schedule is not looked into."""
+    if value is not None and not callable(value) and not holds(value):
+        raise ValueError(f"{name} must be {what}, got {value}; pass another number")
+
+
+def instance(name: str, value: Any, kind: type, remedy: str) -> None:
+    """Refuse a value of another type."""
+    if not isinstance(value, kind):
+        got = type(value).__name__
+        raise TypeError(f"{name} must be a {kind.__name__}, got {got}; {remedy}")
 
 
 def summary(x: Tensor) -> str:

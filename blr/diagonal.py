@@ -28,6 +28,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from blr import _validate
 from blr.families.gaussian import DiagonalGaussian
 from blr.likelihoods import TotalLoss
 
@@ -80,13 +81,13 @@ class DiagonalRule:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range, or does not go together."""
-        _require("lr", self.lr, lambda x: x > 0, "positive")
-        _require("lr_mean", self.lr_mean, lambda x: x > 0, "positive")
-        _require("temperature", self.temperature, lambda x: x >= 0, "at least zero")
-        _require("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
-        _require("initial", self.initial, lambda x: x >= 0, "at least zero")
-        _require("eps", self.eps, lambda x: x >= 0, "at least zero")
-        _require("clip_radius", self.clip_radius, lambda x: x > 0, "positive")
+        _validate.number("lr", self.lr, lambda x: x > 0, "positive")
+        _validate.number("lr_mean", self.lr_mean, lambda x: x > 0, "positive")
+        _validate.number("temperature", self.temperature, lambda x: x >= 0, "at least zero")
+        _validate.number("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+        _validate.number("initial", self.initial, lambda x: x >= 0, "at least zero")
+        _validate.number("eps", self.eps, lambda x: x >= 0, "at least zero")
+        _validate.number("clip_radius", self.clip_radius, lambda x: x > 0, "positive")
         if self.retraction and (self.temperature != 1 or self.initial == 0):
             raise ValueError(
                 "retraction needs temperature = 1 and a positive start, "
@@ -105,6 +106,8 @@ class DiagonalRule:
 
     def posteriors(self, losses: Iterable[Any], q: DiagonalGaussian) -> Iterator[DiagonalGaussian]:
         """q after each step, one step for each of `losses`, starting from q."""
+        remedy = "use DiagonalGaussian.from_moments(mean, precision)"
+        _validate.instance("q", q, DiagonalGaussian, remedy)
         m, s, gbar = q.mean, None, torch.zeros_like(q.mean)
         T, beta, xi = self.temperature, self.momentum, self.clip_radius
         missing = 1.0 if self.initial == 0 else 0.0  # weight that the average s has yet to gather
@@ -165,10 +168,11 @@ class DiagonalRule:
         except ValueError as error:
             rho, alpha = self._rates(t)
             raise ValueError(
-                f"the rates lr = {rho:g} and lr_mean = {alpha:g} lead out of the "
-                f"domain of DiagonalGaussian: {error}. Lower lr, use a curvature that cannot be "
-                "negative such as squared_gradients, or retraction=True; eps or a "
-                "prior_precision keeps the precision of a parameter without gradient from zero"
+                f"the rates lr = {rho:g} of the precision and lr_mean = {alpha:g} of the mean lead "
+                f"out of the domain of DiagonalGaussian: {error}. Lower lr or lr_mean, use a "
+                "curvature that cannot be negative such as squared_gradients, or retraction=True; "
+                "eps or a prior_precision keeps the precision of a parameter without gradient "
+                "from zero"
             ) from error
 
 
@@ -177,9 +181,3 @@ def _plus(x: Tensor, delta: float | Tensor, y: float | Tensor = 1.0) -> Tensor:
     if isinstance(delta, Tensor):
         return x + delta * y
     return x if delta == 0 else torch.add(x, y, alpha=delta)
-
-
-def _require(name: str, value: Any, holds: Callable[[float], bool], what: str) -> None:
-    """Refuse a number that is out of its range; a schedule is not looked into."""
-    if value is not None and not callable(value) and not holds(value):
-        raise ValueError(f"{name} must be {what}, got {value}; pass another number")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from blr import _tree, per_example
+from blr import _tree, _validate, per_example
 from blr._tree import Tree
 from blr.expfam import ExponentialFamily
 from blr.families.bernoulli import Bernoulli, SignBernoulli
@@ -209,7 +209,11 @@ def at_samples(
         num_samples: S.
         generator: Source of randomness.
         curvature: What stands for ∇²ℓ̄; the exact one, or its diagonal, if missing.
+
+    Raises:
+        ValueError: If `num_samples` is less than 1.
     """
+    _validate.number("num_samples", num_samples, lambda n: n >= 1, "at least 1")
     theta = _one(q).sample(num_samples, generator)
     curvature = curvature or _exact_curvature(q)
     G = [grad(loss)(t) for t in theta]
@@ -229,6 +233,7 @@ def reparametrized(
 
     Unbiased, with a large variance; symmetrised for a full precision.
     """
+    _validate.number("num_samples", num_samples, lambda n: n >= 1, "at least 1")
     theta, m, delta = _one(q).sample(num_samples, generator), q.mean, _prior_precision(loss)
     G, move = vmap(grad(loss))(theta), theta - m
     if isinstance(q, DiagonalGaussian) and not isinstance(delta, Tensor) and delta == 0:
@@ -265,6 +270,7 @@ def gauss_newton(loss: TotalLoss, theta: Tensor, gradient: Tensor) -> Tensor:
 
     Equal to the Hessian for models that are linear in θ.
     """
+    _validate.instance("loss", loss, TotalLoss, "pass one, which knows its examples, N and δ")
     J, curvature = per_example.jacobian_and_curvature(loss, theta)
     H = torch.einsum("ikp,ikl,ilr->pr", J, curvature, J)
     return loss.weight * H + _diagonal(loss.prior_precision, theta)
@@ -276,6 +282,7 @@ def squared_gradients(loss: TotalLoss, theta: Tensor, gradient: Tensor) -> Tenso
     Fast for networks of linear layers, and in little memory for convolutions too; see
     `blr.per_example`.
     """
+    _validate.instance("loss", loss, TotalLoss, "pass one, which knows its examples, N and δ")
     return loss.weight * per_example.sum_of_squares(loss, theta) + loss.prior_precision
 
 

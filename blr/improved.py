@@ -22,6 +22,7 @@ from torch import Tensor
 from blr._tree import Tree
 from blr.families.gamma import Gamma
 from blr.families.gaussian import DiagonalGaussian, Gaussian
+from blr.rule import member
 
 Q = TypeVar("Q", Gaussian, DiagonalGaussian, Gamma)
 
@@ -32,11 +33,13 @@ def improve(q: Q, gradient: Tree, lr: float = 1.0, temperature: float = 1.0) -> 
     Args:
         q: Current posterior: Gaussian, DiagonalGaussian or Gamma.
         gradient: ∇_μ E_q[ℓ̄] at q, with the structure of `q.natural`.
-        lr: Learning rate ρ, of any size. No block falls below half of what it was.
+        lr: Learning rate ρ, of any size that leads to finite numbers. No block falls below half
+            of what it was.
         temperature: Weight T of the entropy.
 
     Raises:
         TypeError: If the geometry of the family is not known here.
+        ValueError: If the step leads beyond finite numbers.
     """
     if isinstance(q, Gaussian):
         return _full(q, gradient, lr, temperature)
@@ -59,7 +62,7 @@ def _full(q: Gaussian, gradient: Any, rho: float, T: float) -> Gaussian:
     W = torch.linalg.solve_triangular(q.cholesky, R, upper=False)
     S = 0.5 * (S + W.mT @ W)
     m = m - rho * q.solve(g)
-    return q.at(((S @ m.unsqueeze(-1)).squeeze(-1), -0.5 * S))
+    return member(q, ((S @ m.unsqueeze(-1)).squeeze(-1), -0.5 * S), rho)
 
 
 def _diagonal(q: DiagonalGaussian, gradient: Any, rho: float, T: float) -> DiagonalGaussian:
@@ -69,7 +72,7 @@ def _diagonal(q: DiagonalGaussian, gradient: Any, rho: float, T: float) -> Diago
     r = (1 - rho * T) * s + rho * h
     m = m - rho * g / s
     s = 0.5 * (s + r**2 / s)
-    return q.at((s * m, -0.5 * s))
+    return member(q, (s * m, -0.5 * s), rho)
 
 
 def _gamma(q: Gamma, gradient: Any, rho: float, T: float) -> Gamma:
@@ -84,7 +87,7 @@ def _gamma(q: Gamma, gradient: Any, rho: float, T: float) -> Gamma:
     n_eta = (n_b - eta * n_a) / a
     a = a - rho * n_a - 0.5 * rho**2 * gamma_christoffel(a) * n_a**2
     eta = eta - rho * n_eta + 0.5 * rho**2 * n_eta**2 / eta
-    return q.at((a - 1, -a * eta))
+    return member(q, (a - 1, -a * eta), rho)
 
 
 def gamma_christoffel(a: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
+from blr import _validate
 from blr._tree import Tree
 from blr.families.categorical import Categorical
 from blr.families.fixed_gaussian import FixedGaussian
@@ -57,6 +58,7 @@ def at_samples(
     q: Mixture, num_samples: int = 1, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """S samples of each component, however small its weight."""
+    _validate.number("num_samples", num_samples, lambda n: n >= 1, "at least 1")
     theta = q.components.sample(num_samples, generator)
     return theta, theta.new_full((num_samples,), 1 / num_samples)
 
@@ -154,6 +156,9 @@ class MixtureRule:
             which no precision ever leaves the domain.
         curvature: What stands for ∇²ℓ̄; the exact one, or its diagonal, if missing.
         control: Whether to cancel the noise of the own log-density; see `expectations`.
+
+    Raises:
+        ValueError: If a number is out of its range.
     """
 
     points: Points = at_means
@@ -164,8 +169,16 @@ class MixtureRule:
     curvature: Curvature | None = None
     control: bool = True
 
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        _validate.number("lr", self.lr, lambda x: x > 0, "positive")
+        _validate.number("weight_rate", self.weight_rate, lambda x: x >= 0, "at least zero")
+        _validate.number("temperature", self.temperature, lambda x: x >= 0, "at least zero")
+
     def posteriors(self, losses: Iterable[Any], q: Mixture) -> Iterator[Mixture]:
         """q after each step, one step for each of `losses`, starting from q."""
+        remedy = "use Mixture.from_components(components), of a batch of Gaussians"
+        _validate.instance("q", q, Mixture, remedy)
         for t, loss in enumerate(losses, 1):
             q = self._after(loss, q, self.lr(t) if callable(self.lr) else self.lr)
             yield q
@@ -205,9 +218,27 @@ def dropped(
         q: Spike and slab.
         indicators: Ready-made z, shape (U,), one for each call; sampled from q if missing.
         generator: Source of randomness.
+
+    Raises:
+        TypeError: If q is no SpikeAndSlab.
+        ValueError: If the ready-made z are used up, or not as long as there are units.
     """
-    z = q.expand(q.indicators(1, generator)[0] if indicators is None else next(indicators))
-    return z / q.inclusion * grad(loss)(z * q.slab_mean)
+    _validate.instance("q", q, SpikeAndSlab, "use SpikeAndSlab.from_moments")
+    z = q.expand(q.indicators(1, generator)[0] if indicators is None else _next(indicators, q))
+    scaled = torch.where(q.unit >= 0, z / q.keep, z)  # z/π, in fewer passes
+    return scaled * grad(loss)(z * q.slab_mean)
+
+
+def _next(indicators: Iterator[Tensor], q: SpikeAndSlab) -> Tensor:
+    z, U = next(indicators, None), int(q.unit.max()) + 1
+    if z is None:
+        raise ValueError("indicators are used up; pass as many as there are steps, or none")
+    if z.shape != (U,):
+        raise ValueError(
+            f"indicators must have shape ({U},), one for each unit, got {tuple(z.shape)}; "
+            "pass a vector of zeros and ones for each step"
+        )
+    return z
 
 
 def scale_mixture(
@@ -231,6 +262,7 @@ def scale_mixture(
     """
     if q.batch_shape:
         raise ValueError(f"q must be one Student's t, got a batch {tuple(q.batch_shape)}; pass one")
+    _validate.number("num_samples", num_samples, lambda n: n >= 1, "at least 1")
 
     def f(theta: Tensor) -> Tensor:
         return loss(theta) + q.log_prob(theta) if control else loss(theta)

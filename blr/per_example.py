@@ -64,7 +64,7 @@ def jacobian_and_curvature(loss: TotalLoss, theta: Tensor) -> tuple[Tensor, Tens
         return loss.model(t, x_i.unsqueeze(0)).reshape(-1)
 
     def example(f_i: Tensor, y_i: Tensor) -> Tensor:
-        return loss.per_example_loss(f_i.reshape(1, *shape), y_i.unsqueeze(0))[0]
+        return loss.compare(f_i.reshape(1, *shape), y_i.unsqueeze(0))[0]
 
     J = vmap(jacrev(f_i), in_dims=(None, 0))(theta, loss.inputs)
     return J, vmap(torch.func.hessian(example))(f, loss.targets)
@@ -72,7 +72,7 @@ def jacobian_and_curvature(loss: TotalLoss, theta: Tensor) -> tuple[Tensor, Tens
 
 def _by_vmap(loss: TotalLoss, theta: Tensor, B: slice | Tensor = slice(None)) -> Tensor:
     def example(t: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return loss.per_example_loss(loss.model(t, x.unsqueeze(0)), y.unsqueeze(0))[0]
+        return loss.compare(loss.model(t, x.unsqueeze(0)), y.unsqueeze(0))[0]
 
     return vmap(grad(example), in_dims=(None, 0, 0))(theta, loss.inputs[B], loss.targets[B])
 

@@ -15,11 +15,21 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from blr import _tree
+from blr import _tree, _validate
 from blr._tree import Tree
 from blr.expfam import ExponentialFamily
 
 Q = TypeVar("Q", bound=ExponentialFamily)
+
+# By name, since the rule knows no family.
+REMEDIES = {
+    "Gaussian": ", use a curvature that cannot be negative such as gauss_newton, or the improved "
+    "rule, step=blr.improve",
+    "DiagonalGaussian": ", use a curvature that cannot be negative such as squared_gradients, or "
+    "the improved rule, step=blr.improve",
+    "Gamma": ", or use the improved rule, step=blr.improve",
+}
+"""What keeps a step in the domain of some families, beside a lower rate."""
 
 
 def learn(q: Q, gradient: Tree, lr: float = 1.0, temperature: float = 1.0) -> Q:
@@ -61,6 +71,9 @@ class Rule:
         average: Decay β of an average of ∇_μ(E_q[ℓ̄] − T H(q)) that starts at zero and is divided by
             1 − βᵗ, the weight that it has gathered; 0 is the rule.
         step: A step from (q, gradient, ρ, T): `learn`, or `blr.improve` to stay in the domain.
+
+    Raises:
+        ValueError: If a number is out of its range.
     """
 
     gradient: Callable[[Any, Any], Tree]
@@ -69,6 +82,13 @@ class Rule:
     momentum: float = 0.0
     average: float = 0.0
     step: Callable[[Any, Tree, float, float], Any] = learn
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        _validate.number("lr", self.lr, lambda x: x > 0, "positive")
+        _validate.number("temperature", self.temperature, lambda x: x >= 0, "at least zero")
+        _validate.number("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+        _validate.number("average", self.average, lambda x: 0 <= x < 1, "in [0, 1)")
 
     def posteriors(self, losses: Iterable[Any], q: Q) -> Iterator[Q]:
         """q after each step, one step for each of `losses`, starting from q."""
@@ -85,9 +105,10 @@ class Rule:
             after = self.step(q, gradient, rho, T)
             if self.momentum:
                 move = _tree.sub(q.natural, previous.natural)
-                after = _at(q, _tree.add(after.natural, move, self.momentum), rho)
+                ball = _tree.add(after.natural, move, self.momentum)
+                after = member(q, ball, rho, " or momentum")
                 previous = q
-                del move
+                del move, ball
             q = after
             # What nobody needs gives its memory to the next step, since new memory is slow to get.
             del gradient, after
@@ -95,11 +116,25 @@ class Rule:
 
 
 def _at(q: Q, natural: Tree, lr: float) -> Q:
+    return member(q, natural, lr, REMEDIES.get(type(q).__name__, ""))
+
+
+def member(q: Q, natural: Tree, lr: float, remedy: str = "") -> Q:
+    """The member of q's family at λ, to which a step of rate ρ has led.
+
+    Args:
+        q: Posterior before the step.
+        natural: λ after it.
+        lr: Learning rate ρ of the step.
+        remedy: What helps beside a lower rate, for the message.
+
+    Raises:
+        ValueError: If there is no such member.
+    """
     try:
         return q.at(natural)
     except ValueError as error:
         raise ValueError(
             f"the learning rate {lr:g} leads out of the domain of {type(q).__name__}: {error}. "
-            "Lower lr, use a curvature that cannot be negative such as gauss_newton, or for "
-            "Gaussians and gammas the improved rule, Rule(..., step=blr.improve)"
+            f"Lower lr{remedy}"
         ) from error

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blr import _validate
 from blr.families.low_rank import LowRankGaussian
 from blr.likelihoods import TotalLoss
 from blr.per_example import example_gradients, jacobian_and_curvature
@@ -67,7 +68,13 @@ def factored(
 
     Returns:
         ĝ of shape (P,), C of shape (P, S·M), and δ.
+
+    Raises:
+        TypeError: If the loss does not know its examples.
+        ValueError: If `num_samples` is less than 1.
     """
+    _validate.instance("loss", loss, TotalLoss, "pass one, which knows its examples, N and δ")
+    _validate.number("num_samples", num_samples, lambda n: n >= 1, "at least 1")
     theta = q.sample(num_samples, generator)
     weight, delta = loss.weight, loss.prior_precision
     g = torch.stack([example_gradients(loss, t).sum(0) for t in theta]).mean(0)
@@ -81,6 +88,8 @@ def gauss_newton_rows(loss: TotalLoss, theta: Tensor) -> Tensor:
     h and v are eigenvalues and eigenvectors of ∂²ℓᵢ/∂f²; negative ones count as zero.
     """
     J, curvature = jacobian_and_curvature(loss, theta)
+    remedy = "lower the rates, or look for NaN or inf in the data"
+    _validate.require(curvature.isfinite(), "curvature ∂²ℓᵢ/∂f²", "finite", curvature, remedy)
     h, v = torch.linalg.eigh(curvature)
     return torch.einsum("ik,ilk,ilp->ikp", h.clamp_min(0).sqrt(), v, J).flatten(0, 1)
 
@@ -107,6 +116,9 @@ class LowRankRule:
         lr: Rate ρ of the precision, or a function of the step t = 1, 2, … that gives it.
         lr_mean: Rate α of the mean, or such a function; ρ if missing.
         momentum: Decay β₁ of an average of ĝ that starts at zero; 0 takes ĝ as it is.
+
+    Raises:
+        ValueError: If a number is out of its range.
     """
 
     derivatives: Callable[[Any, Any], tuple[Tensor, Tensor, float | Tensor]]
@@ -115,16 +127,32 @@ class LowRankRule:
     lr_mean: float | Callable[[int], float] | None = None
     momentum: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        _validate.number("rank", self.rank, lambda x: x >= 0, "at least zero")
+        _validate.number("lr", self.lr, lambda x: 0 <= x <= 1, "between 0 and 1")
+        _validate.number("lr_mean", self.lr_mean, lambda x: x > 0, "positive")
+        _validate.number("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+
     def posteriors(self, losses: Iterable[Any], q: LowRankGaussian) -> Iterator[LowRankGaussian]:
         """q after each step, one step for each of `losses`, starting from q."""
+        remedy = "use LowRankGaussian.from_diagonal(mean, precision)"
+        _validate.instance("q", q, LowRankGaussian, remedy)
         gbar = torch.zeros_like(q.mean)
         for t, loss in enumerate(losses, 1):
             rho = _at(self.lr, t)
             alpha = rho if self.lr_mean is None else _at(self.lr_mean, t)
             g, C, delta = self.derivatives(loss, q)
             gbar = self.momentum * gbar + (1 - self.momentum) * g
-            q = average(q, C, delta, self.rank, rho)
-            q = q.at(q.mean - alpha * q.solve(gbar))
+            try:
+                q = average(q, C, delta, self.rank, rho)
+                q = q.at(q.mean - alpha * q.solve(gbar))
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                raise ValueError(
+                    f"the rates {rho:g} of the precision and {alpha:g} of the mean lead out of the "
+                    f"domain of LowRankGaussian: {str(error).rstrip('.')}. Lower them; a "
+                    "prior_precision keeps the diagonal of a parameter without gradient from zero"
+                ) from error
             yield q
 
 

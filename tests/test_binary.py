@@ -143,8 +143,18 @@ def test_the_slope_needs_no_epsilon_where_both_its_parts_vanish(dtype, lam):
 
 def test_a_slope_beyond_floating_numbers_is_said():
     q = blr.SignBernoulli(natural=torch.tensor([1.0, 900.0]).double())
-    with pytest.raises(ValueError, match=r"slope of a relaxed draw must be finite.*1 or less"):
+    message = r"slope of a relaxed draw must be finite.*\|λ\| is up to 900: lower .*1 or less"
+    with pytest.raises(ValueError, match=message):
         q.relaxed_sample(2, 4.0, generator())
+
+
+def test_a_rate_at_which_bayesbinn_diverges_is_the_cause_that_is_named():
+    # On a flat loss λ doubles at each step, until 2|λ| is no number: λ is 2¹⁰²³ at step 1024.
+    q0 = blr.SignBernoulli(natural=[1.0, -1.0])
+    recipe = bayesbinn(lr=3.0, relaxation=1.0, generator=generator())
+    message = r"step 1024: slope .*\|λ\| is up to 8\.99e\+307: lower the learning rate$"
+    with pytest.raises(ValueError, match=message):
+        list(blr.run(recipe, lambda theta: 0 * theta.sum(), q0, 1100))
 
 
 # ---- estimators of ∇_μ --------------------------------------------------------------------------
@@ -328,6 +338,11 @@ PENALISED = TotalLoss(linear, logistic, LOSS.inputs, LOSS.targets, prior_precisi
     [
         (lambda: relaxed(crooked, Q, 0.0), ValueError, "relaxation must be positive"),
         (lambda: relaxed(crooked, Q, math.nan), ValueError, "relaxation must be positive"),
+        (
+            lambda: relaxed(crooked, Q, 1.0, 0),
+            ValueError,
+            "num_samples.* must be at least 1, got 0",
+        ),
         (lambda: relaxed(crooked, GAUSSIAN), TypeError, "q must be SignBernoulli, got Gaussian"),
         (lambda: straight_through(crooked, GAUSSIAN), TypeError, "use delta or monte_carlo"),
         (

@@ -269,6 +269,39 @@ def test_arguments_out_of_range_are_refused(argument, what):
         DiagonalRule(at_mean, **argument)
 
 
+FULL = blr.Gaussian.from_moments(START.mean, torch.diag(START.precision))
+
+
+@pytest.mark.parametrize(
+    "name", ["rmsprop", "adam", "ogn", "vogn", "von", "vprop", "vadam", "ivon"]
+)
+@pytest.mark.parametrize("q", [FULL, blr.Gamma.from_shape_rate(2.0, 1.0)], ids=["full", "gamma"])
+def test_another_family_is_refused(name, q):
+    message = f"q must be a DiagonalGaussian, got {type(q).__name__}; use DiagonalGaussian"
+    with pytest.raises(TypeError, match=message):
+        list(blr.run(getattr(blr.recipes, name)(), LOSS, q, 1))
+
+
+@pytest.mark.parametrize("name", ["ogn", "vogn", "vprop", "vadam"])
+def test_a_loss_that_does_not_know_its_examples_is_refused(name):
+    with pytest.raises(TypeError, match=r"loss must be a TotalLoss, got function; pass one"):
+        list(blr.run(getattr(blr.recipes, name)(), lambda theta: theta @ theta, START, 1))
+
+
+@pytest.mark.parametrize("name", ["vogn", "von", "ivon"])
+def test_no_samples_are_refused(name):
+    recipe = getattr(blr.recipes, name)(num_samples=0)
+    with pytest.raises(ValueError, match=r"num_samples must be at least 1, got 0"):
+        list(blr.run(recipe, LOSS, START, 1))
+
+
+def test_leaving_the_domain_says_which_rate_is_whose():
+    hill = lambda theta: -(theta @ theta)  # noqa: E731
+    message = r"step 1: .* lr = 0\.9 of the precision and lr_mean = 0\.2 of the mean lead out"
+    with pytest.raises(ValueError, match=message):
+        list(blr.run(DiagonalRule(at_mean, 0.9, lr_mean=0.2), hill, START, 1))
+
+
 # ---- what the recipes are known for -------------------------------------------------------------
 
 
@@ -283,12 +316,6 @@ def test_ivon_starts_like_gradient_descent_and_survives_any_curvature():
     assert all((q.precision > 0).all() for q in path)
 
 
-@pytest.mark.parametrize("build", [blr.recipes.vprop, blr.recipes.vadam])
-def test_the_variational_precision_needs_a_loss_that_knows_its_examples(build):
-    with pytest.raises(TypeError, match="must be a TotalLoss"):
-        list(blr.run(build(), lambda theta: theta @ theta, START, 1))
-
-
 @pytest.mark.parametrize("name", ["vprop", "vadam", "ivon", "von", "vogn", "ogn"])
 def test_a_parameter_without_gradient_keeps_its_prior(name):
     # one example, a constant feature of zero: the data say nothing about that parameter
@@ -299,6 +326,13 @@ def test_a_parameter_without_gradient_keeps_its_prior(name):
     *_, q = blr.run(getattr(blr.recipes, name)(**generator), loss, q, 20)
     assert q.mean[1] == 0.0 and q.mean[0] > 0
     assert abs(q.precision[1].item() - 2.0) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["vprop", "vadam"])
+def test_without_prior_a_gradient_is_enough(name):
+    loss = dataclasses.replace(LOSS, prior_precision=0.0)
+    *_, q = blr.run(getattr(blr.recipes, name)(generator=G), loss, START, 20)
+    assert (q.precision > 0).all()
 
 
 @pytest.mark.parametrize("name", ["vprop", "vadam"])

@@ -242,6 +242,27 @@ def test_samples_of_a_gamma_give_its_gradient_by_implicit_reparametrisation():
     assert (error < 0.2).all()
 
 
+@pytest.mark.parametrize(
+    ("q", "gradient"),
+    [
+        (blr.Gaussian.from_moments([0.1, -0.2], torch.eye(2).double()), gradients.delta),
+        (blr.DiagonalGaussian.from_moments([0.1, -0.2], 1.0), gradients.delta),
+        (
+            blr.Gamma.from_shape_rate(2.0, 1.0),
+            lambda loss, q: (torch.tensor(-9.0).double(), torch.tensor(3.0).double() / q.mean),
+        ),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_rate_that_overflows_is_named_with_its_step(q, gradient):
+    family = type(q).__name__
+    message = (
+        rf"step \d+: the learning rate 1e\+06 leads out of the domain of {family}: .*Lower lr$"
+    )
+    with pytest.raises(ValueError, match=message):
+        list(blr.run(blr.recipes.improved(1e6, gradient), wells, q, 900))
+
+
 def test_another_family_is_told_what_is_known():
     q = blr.Beta.from_concentrations(2.0, 3.0)
     with pytest.raises(TypeError, match=r"Gaussian, DiagonalGaussian and Gamma, got Beta"):

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from hypothesis import given
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from oracles.problem import DELTA, LOSS, P, X, Y, generator
 
 import blr
-from blr.likelihoods import TotalLoss, softmax
+from blr.likelihoods import TotalLoss, linear, logistic, softmax
+from blr.per_example import example_gradients
 from blr.slang import average, factored, gauss_newton_rows
 
 
@@ -146,6 +148,69 @@ def test_a_rate_above_one_is_refused_and_zero_gradients_are_not():
     np.testing.assert_allclose(dense(after), 0.5 * dense(q) + 0.5 * np.eye(7), atol=1e-12)
 
 
+ZERO = torch.tensor([[1.0, 0.0], [-2.0, 0.0]]).double()
+BARE = TotalLoss(linear, logistic, ZERO, torch.tensor([1.0, 1.0]).double())
+
+
+@pytest.mark.parametrize(
+    ("argument", "what"),
+    [
+        ({"rank": -1}, "rank must be at least zero, got -1"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"lr": -1.0}, "lr must be positive, got -1.0"),
+        ({"beta": 2.0}, "beta must be between 0 and 1, got 2.0"),
+        ({"beta": -0.5}, "beta must be between 0 and 1, got -0.5"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_slang_refuses_what_is_out_of_range_by_the_names_it_has_there(argument, what):
+    with pytest.raises(ValueError, match="^" + what):
+        blr.recipes.slang(**argument)
+
+
+@pytest.mark.parametrize(
+    ("rates", "rows", "message"),
+    [
+        (
+            {"lr": 1e3},
+            example_gradients,
+            r"the rates 0\.05 of .* 1000 of the mean lead .*Lower them",
+        ),
+        ({"lr": 1e200}, example_gradients, r"the rates 0\.05 of .* 1e\+200 of the mean lead"),
+        (
+            {"beta": lambda t: 1.0 + t},
+            example_gradients,
+            r"the rates 2 of .* between 0 and 1, got 2",
+        ),
+        ({"beta": 1.0}, example_gradients, r".*diagonal must be positive, got .* a prior_pr"),
+        ({"lr": 1e3}, gauss_newton_rows, r"the rates 0\.05 of .* 1000 of the mean lead"),
+    ],
+)
+def test_leaving_the_domain_names_both_rates_and_the_remedy(rates, rows, message):
+    recipe = blr.recipes.slang(**rates, rows=rows, generator=generator(0))
+    q0 = blr.LowRankGaussian.from_diagonal([0.0, 0.0], 1.0)
+    loss = BARE if "beta" in rates else dataclasses.replace(BARE, prior_precision=1.0)
+    with pytest.raises(ValueError, match=r"step \d+: " + message):
+        list(blr.run(recipe, loss, q0, 2000))
+
+
+def test_a_curvature_that_is_no_number_is_said():
+    broken = dataclasses.replace(BARE, model=lambda theta, x: x @ theta * torch.inf)
+    with pytest.raises(ValueError, match=r"curvature .* must be finite, got .*; lower the rates"):
+        gauss_newton_rows(broken, torch.ones(2).double())
+
+
+def test_another_family_and_a_loss_without_examples_are_refused():
+    q0 = blr.LowRankGaussian.from_diagonal([0.0, 0.0], 1.0)
+    with pytest.raises(TypeError, match="loss must be a TotalLoss, got builtin_function"):
+        list(blr.run(blr.recipes.slang(), torch.sum, q0, 1))
+    full = blr.Gaussian.from_moments([0.0, 0.0], torch.eye(2).double())
+    with pytest.raises(TypeError, match="q must be a LowRankGaussian, got Gaussian; use LowRank"):
+        list(blr.run(blr.recipes.slang(), BARE, full, 1))
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        factored(BARE, q0, 0)
+
+
 # ---- the derivatives ----------------------------------------------------------------------------
 
 
@@ -158,6 +223,23 @@ def test_gauss_newton_rows_are_a_factor_of_its_curvature():
     rows = gauss_newton_rows(loss, theta)
     H = 2 * rows.T @ rows + 0.5 * torch.eye(12)
     np.testing.assert_allclose(H, torch.func.hessian(loss)(theta), atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [example_gradients, gauss_newton_rows])
+def test_samples_of_the_factor_are_averaged(rows):
+    S, N, M = 3, 12, 4
+    x = torch.randn(M, 5, dtype=torch.float64, generator=generator(3))
+    y = torch.tensor([1.0, 0.0, 0.0, 1.0]).double()
+    loss = TotalLoss(linear, logistic, x, y, prior_precision=0.7, num_data=N)
+    q = member(size=5, rank=2)
+    g, C, delta = factored(loss, q, S, generator(4), rows)
+    x, y, theta = x.numpy(), y.numpy(), q.sample(S, generator(4)).numpy()
+    p = scipy.special.expit(theta @ x.T)
+    weight = p * (1 - p) if rows is gauss_newton_rows else (p - y) ** 2
+    H = N / M * np.einsum("sn,ni,nj->ij", weight, x, x) / S
+    np.testing.assert_allclose(C @ C.T, H, rtol=1e-11)
+    np.testing.assert_allclose(g, N / M * (p - y).mean(0) @ x + 0.7 * q.mean.numpy(), rtol=1e-11)
+    assert delta == 0.7
 
 
 def test_the_derivatives_are_unbiased_and_the_prior_is_not_sampled():

@@ -380,6 +380,56 @@ def test_the_weights_may_have_a_rate_of_their_own():
     assert steps[0] > 0.1 and steps[2] == 0
 
 
+@pytest.mark.parametrize("T", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_temperature_is_in_the_step_of_the_weights(kind, T):
+    # λ_k ← λ_k − ρ((ℓ̄ + T log q)(m_k) − (ℓ̄ + T log q)(m_K)) by the delta method.
+    rho = 0.3 * 0.5
+    (q,) = blr.run(
+        MixtureRule(lr=0.3, weight_rate=0.5, temperature=T, step=lambda q, *_: q),
+        bent,
+        KINDS[kind],
+        1,
+    )
+    normals = [
+        scipy.stats.multivariate_normal(m, np.linalg.inv(s))
+        for m, s in zip(M, PRECISIONS[kind], strict=True)
+    ]
+    joint = np.log(PI) + np.stack([n.logpdf(M) for n in normals], 1)
+    value = 0.3 * (M**2).sum(1) + np.cos(2 * M[:, 0] + M[:, 1]) + T * logsumexp(joint, axis=1)
+    log_pi = np.log(PI) - rho * value
+    close(q.log_weights, log_pi - logsumexp(log_pi))
+
+
+@pytest.mark.parametrize(
+    ("argument", "what"),
+    [
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"weight_rate": -1.0}, "weight_rate must be at least zero, got -1.0"),
+        ({"temperature": -0.5}, "temperature must be at least zero, got -0.5"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(argument, what):
+    with pytest.raises(ValueError, match=what + "; "):
+        MixtureRule(**argument)
+    if "temperature" not in argument:
+        for recipe in (blr.recipes.multimodal, blr.recipes.mixture_vi):
+            with pytest.raises(ValueError, match=what + "; "):
+                recipe(**argument)
+
+
+def test_another_family_and_no_samples_are_refused():
+    for recipe in (blr.recipes.multimodal(), blr.recipes.mixture_vi()):
+        with pytest.raises(TypeError, match="q must be a Mixture, got Gaussian; use Mixture"):
+            list(blr.run(recipe, bent, Q.components, 1))
+    with pytest.raises(TypeError, match="q must be a SpikeAndSlab, got Gaussian; use SpikeAndS"):
+        list(blr.run(blr.recipes.dropout(), bent, Q.components, 1))
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        list(blr.run(blr.recipes.mixture_vi(num_samples=0), bent, Q, 1))
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        mixtures.scale_mixture(bent, T2, 0)
+
+
 def test_minibatches_and_curvatures_come_as_everywhere():
     q = blr.Mixture.from_components(
         blr.Gaussian.from_moments([[2.0, 0.0], [3.0, 1.0]], torch_eye.expand(2, 2, 2))
@@ -619,6 +669,20 @@ def test_the_gradient_of_dropout_is_unbiased_for_the_mean_over_the_masks():
         return sum(p * loss(SPIKED.expand(z) * m) for p, z in zip(chance, masks, strict=True))
 
     close(found, torch.func.grad(expected)(SPIKED.mean))
+
+
+def test_masks_that_are_too_few_or_of_another_length_are_refused():
+    def run(masks, steps):
+        recipe = blr.recipes.dropout(indicators=masks)
+        return list(blr.run(recipe, lambda t: (t**2).sum(), SPIKED, steps))
+
+    assert len(run([torch.ones(3)] * 2, 2)) == 2
+    with pytest.raises(ValueError, match="step 3: indicators are used up; pass as many"):
+        run([torch.ones(3)] * 2, 3)
+    for length in (1, 2, 4, 5):
+        message = rf"step 1: indicators must have shape \(3,\).*, got \({length},\)"
+        with pytest.raises(ValueError, match=message):
+            run([torch.ones(length)], 1)
 
 
 def test_masks_follow_the_generator_and_their_probability():

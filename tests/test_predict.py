@@ -651,3 +651,19 @@ def test_averages_are_probabilities_and_beat_the_average_sample(samples, chunk, 
     f = sample_outputs(model, q, x, samples, generator=seeded(seed), chunk=chunk)
     each = [metrics.nll(f_s, y, logits=True) for f_s in f]
     assert metrics.nll(p, y) <= sum(each) / samples + 1e-12
+
+
+def test_a_layer_that_is_used_twice_is_left_as_it_was():
+    shared = nn.Linear(3, 3).double()
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(3, 2).double())
+    own = {name: (p, p.clone()) for name, p in model.named_parameters()}
+    q = blr.DiagonalGaussian.from_moments(parameters_to_vector(model.parameters()).detach(), 4.0)
+    x = torch.randn(5, 3, generator=seeded()).double()
+    found = sample_outputs(model, q, x, 3, generator=seeded(), activation=lambda f: f)
+    for name, p in model.named_parameters():
+        assert p is own[name][0]
+        assert torch.equal(p, own[name][1])
+    other, stream = copy.deepcopy(model), seeded()
+    for f in found:
+        vector_to_parameters(q.sample(1, stream)[0], other.parameters())
+        torch.testing.assert_close(f, other(x).detach())

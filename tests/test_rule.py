@@ -231,6 +231,68 @@ def test_leaving_the_domain_names_the_step_the_block_and_the_remedy():
         assert (kept.precision > 0).all()
 
 
+CURVED = (
+    "use a curvature that cannot be negative such as {}, or the improved rule, step=blr.improve"
+)
+
+
+@pytest.mark.parametrize(
+    ("q", "remedy"),
+    [
+        (start(), ", " + CURVED.format("gauss_newton")),
+        (
+            blr.DiagonalGaussian.from_moments([1.0, -2.0], 2.0),
+            ", " + CURVED.format("squared_gradients"),
+        ),
+        (blr.Gamma.from_shape_rate(2.0, 1.0), ", or use the improved rule, step=blr.improve"),
+        (blr.FixedGaussian.from_moments([1.0, -2.0], 3.0), ""),
+        (blr.SignBernoulli(natural=[0.3, -1.0]), ""),
+        (blr.Dirichlet.from_concentrations([1.0, 2.0]), ""),
+        (blr.SpikeAndSlab.from_moments([1.0], 1.0, torch.tensor([0]), 0.5), ""),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_the_remedy_is_one_that_the_family_has(q, remedy):
+    beyond = _tree.tree_map(lambda x: torch.full_like(x, torch.inf), q.natural)
+    with pytest.raises(ValueError) as caught:
+        blr.learn(q, beyond, lr=0.25)
+    family = type(q).__name__
+    assert f"the learning rate 0.25 leads out of the domain of {family}: " in str(caught.value)
+    assert str(caught.value).endswith(". Lower lr" + remedy)
+
+
+def test_a_ball_that_leaves_the_domain_names_the_momentum():
+    # s goes from 1 to 0.4, and the ball would take another 0.594.
+    slopes = iter(torch.tensor([[-0.3], [0.0]]).double())
+    gradient = lambda loss, q: (torch.zeros(1).double(), next(slopes))  # noqa: E731
+    recipe = blr.Rule(gradient, temperature=0.0, momentum=0.99)
+    with pytest.raises(ValueError, match=r"step 2: the learning rate 1 .*Lower lr or momentum$"):
+        list(blr.run(recipe, None, blr.DiagonalGaussian.from_moments([0.0], 1.0), 2))
+
+
+@pytest.mark.parametrize(
+    ("argument", "what"),
+    [
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"lr": -1.0}, "lr must be positive, got -1.0"),
+        ({"lr": float("nan")}, "lr must be positive, got nan"),
+        ({"temperature": -0.5}, "temperature must be at least zero, got -0.5"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"momentum": -0.1}, r"momentum must be in \[0, 1\), got -0.1"),
+        ({"average": 1.0}, r"average must be in \[0, 1\), got 1.0"),
+        ({"average": -0.1}, r"average must be in \[0, 1\), got -0.1"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(argument, what):
+    with pytest.raises(ValueError, match=what + "; "):
+        blr.Rule(gradients.delta, **argument)
+
+
+def test_a_number_of_steps_below_zero_is_refused_at_once():
+    with pytest.raises(ValueError, match="steps must be at least zero, got -1"):
+        blr.run(blr.recipes.newton(), problem(), start(), -1)
+
+
 def test_a_run_stops_when_nothing_changes_and_keeps_its_history():
     history = list(blr.run(blr.recipes.newton(), problem(), start(), 50, tolerance=1e-12))
     assert 3 < len(history) < 12

@@ -141,3 +141,17 @@ def test_gradients_without_squares_are_refused():
         optimizer.step()
     with pytest.raises(ValueError, match="damping must be at least 0, got -1"):
         blr.VOGN(model.parameters(), lr=0.1, ess=1, damping=-1)
+
+
+def test_a_layer_that_is_used_twice_has_one_gradient_and_stays_a_parameter():
+    torch.manual_seed(0)
+    shared = torch.nn.Linear(3, 3).double()
+    model = torch.nn.Sequential(shared, torch.nn.Tanh(), shared)
+    own, Z = dict(model.named_parameters()), torch.randn(4, 3).double()
+    optimizer = blr.VOGN(model.parameters(), lr=0.1, ess=4)
+    optimizer.backward(model, half_square, Z, Z)
+    assert all(p is own[name] for name, p in model.named_parameters())
+    found = shared.weight.grad.clone()
+    optimizer.zero_grad()
+    torch.stack([half_square(model(z[None]), z[None]).sum() for z in Z]).mean().backward()
+    torch.testing.assert_close(found, shared.weight.grad)

@@ -208,7 +208,7 @@ class SignBernoulli(ExponentialFamily):
         τ → 0. The slope is a ratio of two numbers that may both vanish, hence logarithms.
 
         Args:
-            n: Number of draws.
+            n: Number of draws, at least 1.
             relaxation: Temperature τ > 0.
             generator: Source of randomness: a uniform number in float64 for each entry.
 
@@ -217,17 +217,21 @@ class SignBernoulli(ExponentialFamily):
             has mean 1 and a variance that grows as 1/τ; for τ > 1 it grows with λ.
 
         Raises:
-            ValueError: If τ is not positive, or if a slope is too large for a floating number.
+            ValueError: If τ or n is not positive, or if a slope is too large for a floating number.
         """
+        _validate.number("num_samples, the number of draws n,", n, lambda n: n >= 1, "at least 1")
         if not 0 < relaxation < math.inf:
             raise ValueError(f"relaxation must be positive and finite, got {relaxation}")
         lam = self.natural.double()
         x = (lam + self._noise(n, generator)) / relaxation
         slope = (_log_sech2(x) - _log_sech2(lam)).exp() / relaxation
         slope = slope.to(self.dtype)
-        remedy = "lower relaxation to 1 or less, where draws with a large slope are rare"
         finite = torch.isfinite(slope.detach())
-        _validate.require(finite, "slope of a relaxed draw", "finite", slope, remedy)
+        if not bool(finite.all()):
+            remedy = f"|λ| is up to {lam.detach().abs().max():.3g}: lower the learning rate"
+            if relaxation > 1:
+                remedy += ", or relaxation to 1 or less, where draws with a large slope are rare"
+            _validate.require(finite, "slope of a relaxed draw", "finite", slope, remedy)
         return torch.tanh(x).to(self.dtype), slope
 
     def _noise(self, n: int, generator: torch.Generator | None) -> Tensor:

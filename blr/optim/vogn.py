@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 from torch.nn import Module
 
+from blr._modules import call_with
 from blr.families.gaussian import DiagonalGaussian
 from blr.optim import _functional, _options
 from blr.optim._gaussian import GaussianOptimizer, gathered
@@ -104,7 +105,7 @@ class VOGN(GaussianOptimizer):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
         def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            outputs = functional_call(model, params, (x.unsqueeze(0),))
+            outputs = call_with(model, params, (x.unsqueeze(0),))
             return per_example_loss(outputs, y.unsqueeze(0)).sum()
 
         one_by_one = vmap(grad_and_value(loss), in_dims=(None, 0, 0), randomness="different")

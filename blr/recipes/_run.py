@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 import tqdm
 
-from blr import _tree
+from blr import _tree, _validate
 from blr.expected import ExpectedLoss
 from blr.expfam import ExponentialFamily
 from blr.likelihoods import TotalLoss
@@ -52,8 +52,10 @@ def run(
 
     Raises:
         TypeError: If `batch` is given for a loss that does not know its examples.
-        ValueError: If a step leaves the domain of the family: which step, and what to change.
+        ValueError: If `steps` is negative; if a step leaves the domain of the family: which step,
+            and what to change.
     """
+    _validate.number("steps", steps, lambda n: n >= 0, "at least zero")
     if batch is not None and not isinstance(loss, TotalLoss | ExpectedLoss):
         raise TypeError(
             f"batch needs a TotalLoss, got {type(loss).__name__}; pass one, or an ExpectedLoss, "

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from blr import _validate
 from blr.families.low_rank import LowRankGaussian
 from blr.likelihoods import TotalLoss
 from blr.per_example import example_gradients
@@ -28,6 +29,9 @@ def slang(
     rows: Callable[[TotalLoss, Tensor], Tensor] = example_gradients,
 ) -> LowRankRule:
     """S ← project_L((1 − β)S + β(Σᵢ gᵢgᵢᵀ + δI)), m ← m − lr S⁻¹ĝ, from gradients of examples."""
+    # Under the names that they have here.
+    _validate.number("lr", lr, lambda x: x > 0, "positive")
+    _validate.number("beta", beta, lambda x: 0 <= x <= 1, "between 0 and 1")
     derivatives = partial(factored, num_samples=num_samples, generator=generator, rows=rows)
     return LowRankRule(derivatives, rank, lr=beta, lr_mean=lr, momentum=momentum)
 

@@ -99,5 +99,5 @@ NONCONJUGATE_VI = Row(
     build=mixture_vi,
     oracle="the recursion by NumPy with the same noise; quadrature; a posterior in closed form",
     reference="Lin, Khan & Schmidt (2019)",
-    equation="eq-mx-ncvi",
+    equation="eq-mx-improved",
 )

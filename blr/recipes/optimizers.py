@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from blr import _validate
 from blr.diagonal import DiagonalRule, Rate
 from blr.families.gaussian import DiagonalGaussian
 from blr.gradients import (
@@ -110,7 +111,7 @@ def vprop(
 ) -> DiagonalRule:
     """RMSprop at θ ~ q: s ← (1 − β)s + βĝ², m ← m − α(ĝ + δm)/(√s + δ), precision s/N + δ.
 
-    ĝ is the gradient of the data's part of a `TotalLoss`, whose δ must be positive.
+    ĝ is the gradient of the data's part of a `TotalLoss`. Where it is zero, δ must be positive.
     """
     return DiagonalRule(
         partial(at_samples, generator=generator, curvature=squared_batch_gradient),
@@ -173,8 +174,7 @@ def variational_precision(s: Tensor, loss: TotalLoss) -> Tensor:
     Raises:
         TypeError: If the loss does not know its N and δ.
     """
-    if not isinstance(loss, TotalLoss):
-        raise TypeError(f"loss must be a TotalLoss, which knows N and δ, got {type(loss).__name__}")
+    _validate.instance("loss", loss, TotalLoss, "pass one, which knows its examples, N and δ")
     return s / (loss.num_data or len(loss.inputs)) + loss.prior_precision
 
 
@@ -232,7 +232,7 @@ VOGN = Row(
 
 VON = Row(
     name="VON",
-    section="4.4",
+    section="–",
     family=DiagonalGaussian,
     gradient="samples, diagonal of the Hessian",
     liberties=("own rate",),
@@ -245,7 +245,7 @@ VON = Row(
 
 VPROP = Row(
     name="Vprop",
-    section="4.2",
+    section="–",
     family=DiagonalGaussian,
     gradient="samples, squared minibatch gradient",
     liberties=("own rate", "√-scale", "starts at zero", "prior outside the average"),
@@ -258,7 +258,7 @@ VPROP = Row(
 
 VADAM = Row(
     name="Vadam",
-    section="4.2",
+    section="–",
     family=DiagonalGaussian,
     gradient="samples, squared minibatch gradient",
     liberties=(*VPROP.liberties, "momentum", "bias correction"),
