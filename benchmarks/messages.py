@@ -7,6 +7,11 @@ E-step). SVI: topics, one pass over the documents from one random start, with
 `LatentDirichletAllocation.partial_fit`; documents stop by the same rule, so both make the same
 steps. What is made of the data before the first step is counted on both sides. One thread, timed
 in turn.
+
+Where a problem is small, scikit-learn is faster: our steps are tensor operations of some
+microseconds each, a few hundred in an iteration of EM, which takes 0.9 ms for 150 points (0.3 of
+its speed; 0.7 for 2000 points in the plane). With D = 50, K = 5 EM has 0.9 of its speed; SVI has
+0.4 with minibatches of 16 short documents, and 0.7 to 0.8 with 32 or 64 long ones.
 """
 
 from __future__ import annotations
@@ -146,11 +151,19 @@ def measure() -> dict[str, Any]:
         return {
             **provenance(np, sklearn),
             "em": mixture(20_000, 10, 8),
+            "em_iris_size": mixture(150, 4, 3),
+            "em_small": mixture(2_000, 2, 3),
+            "em_plane": mixture(20_000, 2, 3),
+            "em_many_components": mixture(5_000, 10, 40),
+            "em_many_dimensions": mixture(2_000, 50, 5),
             "svi_digits": documents(digits, 10, 100),
             "svi_digits_large_batch": documents(digits, 10, 256),
             "svi_austen": documents(austen, 10, 64),
             "svi_drawn": documents(drawn(1_500, 3_000, 10), 10, 256),
             "svi_drawn_small_batch": documents(drawn(1_500, 3_000, 10), 10, 100),
+            "svi_drawn_tiny_batch": documents(drawn(1_500, 3_000, 10), 10, 32),
+            "svi_small": documents(drawn(300, 200, 3), 3, 16),
+            "svi_many_topics": documents(drawn(300, 5_000, 50), 50, 64),
         }
 
 

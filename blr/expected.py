@@ -51,6 +51,8 @@ class ExpectedLoss:
         num_data: N, if `data` are a minibatch of N examples; their number if missing.
         slope: The derivative of Σᵢ E_q[ℓᵢ](μ_local, c) in μ_local, for speed where it is known;
             automatic differentiation finds it if missing.
+        total: Σᵢ E_q[ℓᵢ](μ) as a function of (μ, data), for speed where there is a shorter way than
+            to sum over `per_example`.
 
     Raises:
         ValueError: If there are no examples, or not as many in each tensor.
@@ -63,6 +65,7 @@ class ExpectedLoss:
     start: Callable[[int], ExponentialFamily] | None = None
     num_data: int | None = None
     slope: Callable[[Any, Any], Tree] | None = None
+    total: Callable[[Any, Data], Tensor] | None = None
 
     def __post_init__(self) -> None:
         """Check that the data belong together."""
@@ -90,10 +93,10 @@ class ExpectedLoss:
 
     def __call__(self, mu: tuple[Tree, ...]) -> Tensor:
         """E_q[ℓ̄](μ), a number."""
-        total = self.weight * self.examples(mu).sum()
+        total = self.examples(mu).sum() if self.total is None else self.total(mu, self.data)
         if self.prior is None:
-            return total
-        return total + self.prior(mu if self.start is None else mu[1:])
+            return self.weight * total
+        return self.weight * total + self.prior(mu if self.start is None else mu[1:])
 
     def minibatches(
         self, batch: int, generator: torch.Generator | None = None
@@ -153,32 +156,86 @@ def gaussian_mixture(
             f"the prior of the components must have batch ({K},), got "
             f"{tuple(prior.factors[-1].batch_shape)}; give its mean the shape (K, D)"
         )
-    D = X.shape[1]
-    # xxᵀ and Λ are symmetric: their upper triangles, those off the diagonal twice.
-    i, j = torch.triu_indices(D, D, device=X.device)
-    duals = torch.cat([torch.where(i == j, -0.5, -1.0).to(X) * X[:, i] * X[:, j], X], 1)
+    forms = _Squares(X) if X.shape[1] <= max(24, 4 * K) else _Forms()
+
+    def shared(mu: Any) -> Tensor:
+        *log_pi, (log_det, _, m, square) = mu
+        return sum(log_pi) + 0.5 * (log_det - square) - 0.5 * m.shape[-1] * math.log(2 * math.pi)
 
     def message(mu: Any, data: Data) -> Tensor:
-        *log_pi, (log_det, precision, precision_m, square) = mu
-        expected = torch.cat([precision[:, i, j], precision_m], 1)
-        shared = sum(log_pi) + 0.5 * (log_det - square) - 0.5 * D * math.log(2 * math.pi)
-        return torch.addmm(shared, data[0].to(shared.dtype), expected.mT)
+        # Examples side by side: torch is slow along a last axis that is short.
+        return (shared(mu).unsqueeze(1) + forms.each(data[0], *mu[-1][1:3])).mT
+
+    def total(mu: Any, data: Data) -> Tensor:
+        z, *mu = mu
+        if z.requires_grad:
+            return chosen(z, message(mu, data)).sum()
+        # A z that is known weighs the examples before they meet the components.
+        _one_for_each(z, (len(data[0]), K - 1))
+        r = torch.cat([z.mT, 1 - z.mT.sum(0, keepdim=True)])
+        return -(r.sum(1) @ shared(mu) + forms.weighted(data[0], r, *mu[-1][1:3]))
 
     log_prior = None if prior is None else conjugate(prior)
     if K == 1 or not latent:
-        return ExpectedLoss(message, eliminated, (duals,), log_prior)
+        return ExpectedLoss(message, eliminated, (forms.data(X),), log_prior)
     uniform = lambda n: Categorical(natural=X.new_zeros(n, K - 1))  # noqa: E731
-    return ExpectedLoss(message, chosen, (duals,), log_prior, uniform)
+    return ExpectedLoss(message, chosen, (forms.data(X),), log_prior, uniform, total=total)
 
 
 def chosen(z: Tensor, c: Tensor) -> Tensor:
     """−Σ_k E[z = k] c_k for a Categorical z in minimal form, shape (N,)."""
-    if z.shape != c[:, 1:].shape:
+    _one_for_each(z, c[:, 1:].shape)
+    return -(z * (c[:, :-1] - c[:, -1:])).sum(-1) - c[:, -1]
+
+
+def _one_for_each(z: Tensor, shape: tuple[int, ...]) -> None:
+    if z.shape != shape:
         raise ValueError(
-            f"z must have natural parameters of shape {tuple(c[:, 1:].shape)}, one member for each "
+            f"z must have natural parameters of shape {tuple(shape)}, one member for each "
             f"example, got {tuple(z.shape)}; start from loss.start(len(loss))"
         )
-    return -(z * (c[:, :-1] - c[:, -1:])).sum(-1) - c[:, -1]
+
+
+class _Forms:
+    # ⟨(Λ_k, Λ_k m_k), (−½xxᵀ, x)⟩ from the examples x, one component after another.
+
+    def data(self, X: Tensor) -> Tensor:
+        return X.mT.contiguous().mT
+
+    def each(self, X: Tensor, precision: Tensor, precision_m: Tensor) -> Tensor:
+        X = X.to(precision.dtype)
+        squares = torch.stack([(X.mT * (L @ X.mT)).sum(0) for L in precision])
+        return precision_m @ X.mT - 0.5 * squares
+
+    def weighted(self, X: Tensor, r: Tensor, precision: Tensor, precision_m: Tensor) -> Tensor:
+        X = X.to(precision.dtype)
+        second = torch.stack([(w * X.mT) @ X for w in r])
+        return (r @ X * precision_m).sum() - 0.5 * (second * precision).sum()
+
+
+class _Squares:
+    # The same from (−½xxᵀ, x) made beforehand: half the work, as long as D² numbers are few. xxᵀ
+    # and Λ are symmetric: their upper triangles, those off the diagonal twice.
+
+    def __init__(self, X: Tensor) -> None:
+        self.i, self.j = torch.triu_indices(X.shape[1], X.shape[1], device=X.device)
+        self.upper = self.i * X.shape[1] + self.j
+
+    def data(self, X: Tensor) -> Tensor:
+        i, j = self.i, self.j
+        half = torch.where(i == j, -0.5, -1.0).to(X)
+        return torch.cat([half * X.index_select(1, i) * X.index_select(1, j), X], 1)
+
+    def each(self, duals: Tensor, precision: Tensor, precision_m: Tensor) -> Tensor:
+        rows = self._rows(precision, precision_m)
+        return rows @ duals.to(rows.dtype).mT
+
+    def weighted(self, duals: Tensor, r: Tensor, precision: Tensor, precision_m: Tensor) -> Tensor:
+        rows = self._rows(precision, precision_m)
+        return (r @ duals.to(rows.dtype) * rows).sum()
+
+    def _rows(self, precision: Tensor, precision_m: Tensor) -> Tensor:
+        return torch.cat([precision.flatten(1).index_select(1, self.upper), precision_m], 1)
 
 
 def eliminated(c: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ Expected: TypeAlias = Callable[[Any], Tensor]
 """E_q[ℓ̄], from the tuple μ of the blocks' expectation parameters to a number."""
 Rate: TypeAlias = float | Callable[[int], float]
 """A learning rate ρ, or ρ_t as a function of the step t = 1, 2, …"""
+SPAN = 10
+"""Local steps between two looks at which examples are at rest: a look takes as long as a step."""
 
 
 @dataclass(frozen=True)
@@ -187,23 +189,28 @@ class Stochastic:
         assert loss.start is not None
         local, c = loss.start(len(loss)), loss.message(tuple(seen.values()), loss.data)
         slope = loss.slope or (lambda mu, c: _gradient(lambda m: loss.per_example(m, c), mu))
+        step = learn if loss.slope is None else _unchecked
         rest, index = local.natural, torch.arange(len(loss), device=loss.data[0].device)
-        moving, left = torch.ones_like(index, dtype=torch.bool), len(loss)
-        for _ in range(self.local_steps):
-            after = learn(local, slope(local.expectation(), c))
-            change = _tree.flatten(_tree.sub(after.natural, local.natural), local.natural_ndims)
-            still = moving & (change.abs().mean(-1) >= self.local_tolerance)
-            local, before, left = after, left, int(still.sum())
-            if left < before:
-                stopped, moving = moving & ~still, still
-                rest = _put(rest, index[stopped], _tree.take(local.natural, stopped))
-            if 2 * left <= len(moving):
-                # Go on with those that still move.
+        for first in range(0, self.local_steps, SPAN):
+            path = [local]
+            for _ in range(first, min(first + SPAN, self.local_steps)):
+                path.append(step(path[-1], slope(path[-1].expectation(), c)))
+            lam = _tree.tree_map(lambda *x: torch.stack(x), *(q.natural for q in path))
+            local.at(lam)  # raises, if a step that was not checked has left the domain
+            steps = _tree.sub(_tree.take(lam, slice(1, None)), _tree.take(lam, slice(-1)))
+            moves = _tree.flatten(steps, local.natural_ndims).abs().mean(-1) >= self.local_tolerance
+            # The first step that is no move is the last that an example makes.
+            made = moves.cumprod(0).sum(0)
+            last = (made + 1).clamp_max(len(moves))
+            each = torch.arange(len(last), device=last.device)
+            rest = _put(rest, index, _tree.take(lam, (last, each)))
+            local, moving = path[-1], made == len(moves)
+            if not moving.any():
+                break
+            if not moving.all():
                 local, c = local.at(_tree.take(local.natural, moving)), _tree.take(c, moving)
-                index, moving = index[moving], moving[moving]
-                if not left:
-                    break
-        return local.at(_put(rest, index[moving], _tree.take(local.natural, moving)))
+                index = index[moving]
+        return local.at(rest)
 
 
 def elbo(loss: Expected, q: Product, point: tuple[str, ...] = ()) -> Tensor:
@@ -263,6 +270,11 @@ def _gradient(f: Callable[[Any], Tensor], mu: Tree) -> Tree:
         return _tree.tree_map(torch.zeros_like, mu)
     parts = iter(torch.autograd.grad(value, tuple(_tree.leaves(mu)), materialize_grads=True))
     return _tree.tree_map(lambda _: next(parts), mu)
+
+
+def _unchecked(q: Any, gradient: Tree) -> Any:
+    # `learn` with ρ = 1, without a look at each result.
+    return q._at(_tree.sub(_tree.add(q.natural, q.entropy_gradient()), gradient))
 
 
 def _put(a: Tree, index: Tensor, values: Tree) -> Tree:

@@ -1,5 +1,6 @@
 """The rule on a product of factors: bounds, schedules, expected losses, and what goes wrong."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -406,6 +407,13 @@ def test_an_example_comes_to_rest_by_itself():
     assert (few - together).abs().max() > 0.1
 
 
+def test_local_steps_with_a_slope_that_lead_out_of_the_domain_are_found():
+    loss, q, _ = small_topics()
+    wrong = dataclasses.replace(loss, slope=lambda mu, c: torch.full_like(mu, 2.0))
+    with pytest.raises(ValueError, match="concentrations must be positive"):
+        svi().complete(wrong, q)
+
+
 def test_svi_with_all_data_and_full_steps_is_vmp():
     loss, q, _ = small_topics()
     recipe = svi(lr=1.0, local_tolerance=0.0, local_steps=60)
@@ -482,6 +490,31 @@ def test_the_rates_of_robbins_and_monro():
 
 
 # ---- expected losses ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [3, 30])
+def test_the_expected_loss_of_a_mixture_is_that_of_its_examples(d):
+    # In many dimensions the quadratic forms are of the examples, in few of their squares.
+    rng = np.random.default_rng(3)
+    X, r = rng.standard_normal((50, d)), rng.dirichlet(np.ones(2), 50)
+    S = np.cov(rng.standard_normal((2 * d, d)).T)
+    loss, means = gaussian_mixture(X, 2), rng.standard_normal((2, d))
+    point = blr.NormalWishart.from_parameters(means, 1.0, d + 1.0, np.linalg.inv(S))
+    pi = tensor([0.3, 0.7]).log()
+    mu = (pi, point.sufficient_statistics(point.mode))
+    normals = [scipy.stats.multivariate_normal(m, S).logpdf(X) for m in means]
+    c = np.stack(normals, 1) + np.log([0.3, 0.7])
+    assert relative(loss.message(mu, loss.data), c) < 1e-12
+    z = tensor(r[:, :1])
+    found = torch.func.grad(lambda mu: loss((z, *mu)))(mu)
+    expected = torch.func.grad(lambda mu: loss.examples((z, *mu)).sum())(mu)
+    assert abs(loss((z, *mu)) / -(r * c).sum() - 1) < 1e-12
+    for a, b in zip(_tree.leaves(found), _tree.leaves(expected), strict=True):
+        assert relative(a, b) < 1e-12
+    second = -np.einsum("nk,ni,nj->kij", r, X, X) / 2
+    assert relative(-(found[1][1] + found[1][1].mT) / 2, second) < 1e-12
+    slope = torch.func.grad(lambda z: loss((z, *mu)))(z)
+    assert relative(slope[:, 0], c[:, 1] - c[:, 0]) < 1e-12
 
 
 @pytest.mark.parametrize("variance", [1e-8, 0.3, 1.0, 30.0, 1e3, 1e5])
@@ -618,6 +651,8 @@ def test_losses_say_what_does_not_fit():
     one_for_all = with_z(one_prior(2, D, IRIS), 1)
     with pytest.raises(ValueError, match=r"shape \(150, 1\), one member for each example, got"):
         list(blr.run(em(M_STEP), gaussian_mixture(IRIS, 2), one_for_all, 1))
+    with pytest.raises(ValueError, match=r"shape \(150, 1\), one member for each example, got"):
+        list(blr.run(em(M_STEP, (M_STEP,)), gaussian_mixture(IRIS, 2), one_for_all, 1))
     with pytest.raises(ValueError, match="as many examples, at least one, got"):
         ExpectedLoss(lambda mu, data: data, lambda c: c, (torch.ones(2), torch.ones(3)))
 

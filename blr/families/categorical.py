@@ -83,15 +83,17 @@ class Categorical(ExponentialFamily):
     @property
     def probabilities(self) -> Tensor:
         """π, shape (*batch, K)."""
-        return torch.softmax(self._logits, -1)
+        return torch.softmax(self._logits, 0).movedim(0, -1)
 
     @property
     def _logits(self) -> Tensor:
-        return torch.cat([self.natural, torch.zeros_like(self.natural[..., :1])], -1)
+        # The classes come first: torch is slow along a last axis that is short.
+        lam = self.natural.movedim(-1, 0)
+        return torch.cat([lam, torch.zeros_like(lam[:1])])
 
     def log_partition(self) -> Tensor:
         """A(λ) = log(1 + Σ e^{λ_k})."""
-        return torch.logsumexp(self._logits, -1)
+        return torch.logsumexp(self._logits, 0)
 
     def expectation(self) -> Tensor:
         """μ = the probabilities of the first K−1 classes."""

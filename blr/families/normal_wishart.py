@@ -137,12 +137,12 @@ class NormalWishart(ExponentialFamily):
         """D, the length of x."""
         return self.natural[2].shape[-1]
 
-    @property
+    @cached_property
     def mean(self) -> Tensor:
         """m = λ₃/κ, shape (*batch, D)."""
         return self.natural[2] / self.mean_precision.unsqueeze(-1)
 
-    @property
+    @cached_property
     def mean_precision(self) -> Tensor:
         """κ = −2λ₄, shape (*batch)."""
         return -2 * self.natural[3]
