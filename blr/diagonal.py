@@ -129,6 +129,7 @@ class DiagonalRule:
             step = _plus(ghat, delta_m, m).div_(divisor)
             m.sub_(step if math.isinf(xi) else step.clamp_(-xi, xi), alpha=alpha)
             q = self._posterior(m, divisor, s, loss, t)
+            del g, h, ghat, shat, divisor, step  # their memory is for the next gradient
             yield q
 
     def _rates(self, t: int) -> tuple[float, float]:
