@@ -189,14 +189,12 @@ class Stochastic:
         assert loss.start is not None
         local, c = loss.start(len(loss)), loss.message(tuple(seen.values()), loss.data)
         slope = loss.slope or (lambda mu, c: _gradient(lambda m: loss.per_example(m, c), mu))
-        step = learn if loss.slope is None else _unchecked
         rest, index = local.natural, torch.arange(len(loss), device=loss.data[0].device)
         for first in range(0, self.local_steps, SPAN):
             path = [local]
             for _ in range(first, min(first + SPAN, self.local_steps)):
-                path.append(step(path[-1], slope(path[-1].expectation(), c)))
+                path.append(learn(path[-1], slope(path[-1].expectation(), c)))
             lam = _tree.tree_map(lambda *x: torch.stack(x), *(q.natural for q in path))
-            local.at(lam)  # raises, if a step that was not checked has left the domain
             steps = _tree.sub(_tree.take(lam, slice(1, None)), _tree.take(lam, slice(-1)))
             moves = _tree.flatten(steps, local.natural_ndims).abs().mean(-1) >= self.local_tolerance
             # The first step that is no move is the last that an example makes.
@@ -270,11 +268,6 @@ def _gradient(f: Callable[[Any], Tensor], mu: Tree) -> Tree:
         return _tree.tree_map(torch.zeros_like, mu)
     parts = iter(torch.autograd.grad(value, tuple(_tree.leaves(mu)), materialize_grads=True))
     return _tree.tree_map(lambda _: next(parts), mu)
-
-
-def _unchecked(q: Any, gradient: Tree) -> Any:
-    # `learn` with ρ = 1, without a look at each result.
-    return q._at(_tree.sub(_tree.add(q.natural, q.entropy_gradient()), gradient))
 
 
 def _put(a: Tree, index: Tensor, values: Tree) -> Tree:
