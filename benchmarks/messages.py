@@ -11,7 +11,7 @@ in turn.
 Where a problem is small, scikit-learn is faster: our steps are tensor operations of some
 microseconds each, a few hundred in an iteration of EM, which takes 0.9 ms for 150 points (0.3 of
 its speed; 0.7 for 2000 points in the plane). With D = 50, K = 5 EM has 0.9 of its speed; SVI has
-0.4 with minibatches of 16 short documents, and 0.7 to 0.8 with 32 or 64 long ones.
+0.35 with minibatches of 16 short documents, and 0.6 to 0.7 with 32 or 64 long ones.
 """
 
 from __future__ import annotations
